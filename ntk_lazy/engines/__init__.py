@@ -1,0 +1,1 @@
+"""Engines multiply with J and its transpose; parameter-sized tensors live only here."""

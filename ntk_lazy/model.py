@@ -1,0 +1,204 @@
+"""A module as a pure function of its parameters, and the choice of those that make up J.
+
+The user's module is never changed: tensors are handed to it for the length of one call, and buffers that
+its forward pass writes to are private copies.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.func import functional_call  # noqa: TID251  (a call, not a transform)
+
+from ntk_lazy.errors import ArgumentError, ShapeError, UnsupportedModuleError
+
+type ParameterChoice = None | str | Sequence[str] | Callable[[str, Tensor], bool]
+type OutputFunction = Callable[[Any], Tensor]
+type ParameterFunction = Callable[[dict[str, Tensor], Tensor], Any]
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def as_ieee(tensor: Tensor) -> Tensor:
+    """Widen a half-precision tensor to float32, in which products run; leave any other as it is."""
+    return tensor.float() if tensor.dtype in _HALF else tensor
+
+
+@final
+class ModelCall:
+    """Call a module, or a function ``f(params, x)``, with tensors given by name.
+
+    It has no ``to``, ``clone`` or ``detach``, and copying it copies no weights: ``LinearOperator`` looks for
+    those on all that it holds, and would move the user's module.
+    """
+
+    __slots__ = ("_function", "_module", "_output_fn")
+
+    def __init__(
+        self,
+        *,
+        module: nn.Module | None = None,
+        function: ParameterFunction | None = None,
+        output_fn: OutputFunction | None = None,
+    ) -> None:
+        self._module = module
+        self._function = function
+        self._output_fn = output_fn
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The user's module, to be named in messages; None for a plain function."""
+        return self._module
+
+    def raw(self, tensors: dict[str, Tensor], x: Tensor) -> Any:
+        """Return what the model returns, after ``output_fn``."""
+        if self._module is not None:
+            returned = functional_call(self._module, tensors, (x,), tie_weights=True)
+        else:
+            assert self._function is not None
+            returned = self._function(tensors, x)
+        return returned if self._output_fn is None else self._output_fn(returned)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class FunctionalModel:
+    """``f(params, x)`` with outputs flattened to ``(examples, C)``.
+
+    Attributes:
+        call: The stateless call.
+        params: The parameters that make up J, each tied tensor once, in the module's order.
+        constants: All other parameters, and the buffers (detached).
+        has_private_buffers: Whether each call gets copies of the buffers. Switch it off only for a model
+            that is known not to write to them.
+    """
+
+    call: ModelCall
+    params: dict[str, Tensor]
+    constants: dict[str, Tensor]
+    buffer_names: frozenset[str] = frozenset()
+    has_private_buffers: bool = True
+
+    @classmethod
+    def from_module(
+        cls, model: nn.Module, *, params: ParameterChoice = None, output_fn: OutputFunction | None = None
+    ) -> Self:
+        """Take a module apart; which parameters make up J does not depend on their ``requires_grad``.
+
+        Args:
+            model: Any module. It is neither copied nor changed; its parameters stay shared, so that an
+                optimiser step is seen by the next call.
+            params: None for all floating-point parameters, names or glob patterns, or a predicate on
+                ``(name, parameter)``. A tied parameter answers to each of its names.
+            output_fn: Applied to what the module returns, for modules that return dicts or tuples.
+
+        Raises:
+            ArgumentError: No parameter fits, or a pattern fits none.
+        """
+        named = {n: p for n, p in model.named_parameters(remove_duplicate=False) if not _is_lazy(n, p)}
+        canonical = {id(p): n for n, p in model.named_parameters()}
+        chosen = {canonical[id(named[n])] for n in _choose(named, params)}
+        everything = dict(model.named_parameters())
+        buffers = {n: as_ieee(b.detach()) for n, b in model.named_buffers()}
+        return cls(
+            call=ModelCall(module=model, output_fn=output_fn),
+            params={n: as_ieee(p) for n, p in everything.items() if n in chosen},
+            constants={n: as_ieee(p) for n, p in everything.items() if n not in chosen} | buffers,
+            buffer_names=frozenset(buffers),
+        )
+
+    @classmethod
+    def from_function(
+        cls,
+        function: ParameterFunction,
+        tensors: Mapping[str, Tensor],
+        *,
+        params: ParameterChoice = None,
+        output_fn: OutputFunction | None = None,
+    ) -> Self:
+        """Take a plain function ``f(params, x)`` and its tensors by name; ``params`` chooses as for a module."""
+        chosen = set(_choose(tensors, params))
+        return cls(
+            call=ModelCall(function=function, output_fn=output_fn),
+            params={n: as_ieee(p) for n, p in tensors.items() if n in chosen},
+            constants={n: as_ieee(p) for n, p in tensors.items() if n not in chosen},
+        )
+
+    @property
+    def num_params(self) -> int:
+        """P, entries of one flat parameter vector."""
+        return sum(p.numel() for p in self.params.values())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of J: that of its parameters, promoted to a common one."""
+        dtypes = [p.dtype for p in self.params.values()]
+        dtype = dtypes[0]
+        for other in dtypes[1:]:
+            dtype = torch.promote_types(dtype, other)
+        return dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters live."""
+        return next(iter(self.params.values())).device
+
+    def __call__(self, params: dict[str, Tensor], x: Tensor) -> Float[Tensor, "examples outputs"]:
+        """Evaluate the model at ``params`` on examples ``x`` of shape ``(b, ...)``."""
+        constants = self.constants
+        if self.has_private_buffers and self.buffer_names:
+            constants = {n: t.clone() if n in self.buffer_names else t for n, t in constants.items()}
+        output = self.call.raw({**params, **constants}, as_ieee(x))
+        if not isinstance(output, Tensor):
+            raise UnsupportedModuleError(
+                f"the model returned {type(output).__name__}, not a tensor. Pass output_fn, which is applied to what "
+                "it returns, for example output_fn=lambda out: out['logits']."
+            )
+        if output.ndim == 0 or output.shape[0] != x.shape[0]:
+            raise ShapeError(
+                f"the model returned shape {tuple(output.shape)} for {x.shape[0]} examples; its first dimension must be "
+                "the examples. Pass output_fn to bring it there."
+            )
+        return output.flatten(1) if output.ndim > 1 else output.unsqueeze(1)
+
+
+def _is_lazy(name: str, parameter: Tensor) -> bool:
+    if isinstance(parameter, nn.parameter.UninitializedTensorMixin):
+        raise UnsupportedModuleError(
+            f"parameter {name!r} has no shape yet. Call the module once on an example before its kernel is asked for."
+        )
+    return False
+
+
+def _choose(named: Mapping[str, Tensor], params: ParameterChoice) -> list[str]:
+    """List the names that a choice of parameters fits, refusing a choice that fits none."""
+    for name, tensor in named.items():
+        if tensor.is_complex():
+            raise UnsupportedModuleError(f"parameter {name!r} is complex; the kernel of real parameters is meant here.")
+    real = {n: t for n, t in named.items() if t.is_floating_point()}
+    if params is None:
+        chosen = list(real)
+    elif callable(params):
+        chosen = [n for n, t in real.items() if params(n, t)]
+    else:
+        patterns = [params] if isinstance(params, str) else list(params)
+        chosen = []
+        for pattern in patterns:
+            found = [n for n in real if n == pattern or fnmatch.fnmatchcase(n, pattern)]
+            if not found:
+                near = difflib.get_close_matches(pattern, real, n=3, cutoff=0.4) or list(real)[:5]
+                raise ArgumentError(f"params: no parameter is called {pattern!r}; did you mean {', '.join(near)}?")
+            chosen += found
+    if not chosen:
+        raise ArgumentError("params: no parameter was chosen, so that the kernel would be zero.")
+    return chosen

@@ -1,0 +1,90 @@
+"""The probe points: a fixed, ordered set of inputs, read in chunks and always in the same order."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Self, final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ntk_lazy.errors import NonFiniteError, ShapeError
+
+_FINGERPRINT_CHUNK = 4096
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Probes:
+    """Inputs of shape ``(*batch, N, *example)`` and the knowledge of which dimensions make one example.
+
+    Attributes:
+        inputs: The data, of any dtype; a memory-mapped array is read as it is needed.
+        input_dims: Trailing dimensions of one example: 3 for images, 1 for feature vectors, 0 for scalars.
+    """
+
+    inputs: Tensor
+    input_dims: int
+
+    @classmethod
+    def of(cls, data: Tensor | np.ndarray | Probes, *, input_dims: int | None = None) -> Self | Probes:
+        """Read inputs of any kind; ``input_dims=None`` means that all dimensions but the first make an example.
+
+        Raises:
+            ShapeError: There is no dimension of examples, or the data is not an array.
+        """
+        if isinstance(data, Probes):
+            return data if input_dims in (None, data.input_dims) else cls.of(data.inputs, input_dims=input_dims)
+        if isinstance(data, np.ndarray):
+            # A read-only map is fine: nothing here writes to inputs.
+            data = torch.from_numpy(data) if data.flags.writeable else torch.from_numpy(_writeable_view(data))
+        if not isinstance(data, Tensor):
+            raise ShapeError(f"inputs must be a Tensor, a numpy array or Probes, not {type(data).__name__}.")
+        dims = data.ndim - 1 if input_dims is None else input_dims
+        if not 0 <= dims <= data.ndim - 1:
+            raise ShapeError(
+                f"inputs of shape {tuple(data.shape)} cannot have {dims} dimensions for one example: "
+                "one more is needed to count the examples."
+            )
+        return cls(inputs=data, input_dims=dims)
+
+    @property
+    def num_examples(self) -> int:
+        """N."""
+        return self.inputs.shape[self.inputs.ndim - 1 - self.input_dims]
+
+    @property
+    def batch_shape(self) -> torch.Size:
+        """Leading dimensions: one kernel for each."""
+        return self.inputs.shape[: self.inputs.ndim - 1 - self.input_dims]
+
+    def check_finite(self) -> None:
+        """Raise NonFiniteError, naming the first example that holds a NaN or an infinity."""
+        if not (self.inputs.is_floating_point() or self.inputs.is_complex()):
+            return
+        flat = self.inputs.reshape(-1, *self.inputs.shape[self.inputs.ndim - self.input_dims :])
+        for start in range(0, flat.shape[0], _FINGERPRINT_CHUNK):
+            finite = flat[start : start + _FINGERPRINT_CHUNK].flatten(1).isfinite().all(1) if flat.ndim > 1 else (
+                flat[start : start + _FINGERPRINT_CHUNK].isfinite()
+            )
+            if not finite.all():
+                bad = start + int((~finite).nonzero()[0])
+                raise NonFiniteError(f"example {bad} of the inputs holds a NaN or an infinity. Remove or mend it.")
+
+    def fingerprint(self) -> str:
+        """Hash shape, dtype and contents, so that a record can tell which probes it was made with."""
+        digest = hashlib.sha256(repr((tuple(self.inputs.shape), str(self.inputs.dtype), self.input_dims)).encode())
+        flat = self.inputs.detach().reshape(self.inputs.shape[0], -1) if self.inputs.ndim else self.inputs
+        for start in range(0, flat.shape[0], _FINGERPRINT_CHUNK):
+            piece = flat[start : start + _FINGERPRINT_CHUNK].contiguous().cpu()
+            digest.update(piece.view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+def _writeable_view(data: np.ndarray) -> np.ndarray:
+    """View read-only memory as torch wants it; torch has no read-only tensors and would warn."""
+    if isinstance(data, np.memmap) and data.filename is not None:
+        return np.memmap(data.filename, dtype=data.dtype, mode="c", offset=data.offset, shape=data.shape)
+    return data.copy()
