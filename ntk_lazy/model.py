@@ -10,7 +10,7 @@ import difflib
 import fnmatch
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self, final
+from typing import Any, Self, TypeAlias, final
 
 import torch
 from jaxtyping import Float
@@ -19,9 +19,9 @@ from torch.func import functional_call  # noqa: TID251  (a call, not a transform
 
 from ntk_lazy.errors import ArgumentError, ShapeError, UnsupportedModuleError
 
-type ParameterChoice = None | str | Sequence[str] | Callable[[str, Tensor], bool]
-type OutputFunction = Callable[[Any], Tensor]
-type ParameterFunction = Callable[[dict[str, Tensor], Tensor], Any]
+ParameterChoice: TypeAlias = None | str | Sequence[str] | Callable[[str, Tensor], bool]
+OutputFunction: TypeAlias = Callable[[Any], Tensor]
+ParameterFunction: TypeAlias = Callable[[dict[str, Tensor], Tensor], Any]
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -105,7 +105,8 @@ class FunctionalModel:
         Raises:
             ArgumentError: No parameter fits, or a pattern fits none.
         """
-        named = {n: p for n, p in model.named_parameters(remove_duplicate=False) if not _is_lazy(n, p)}
+        named = dict(model.named_parameters(remove_duplicate=False))
+        _refuse_uninitialised(named)
         canonical = {id(p): n for n, p in model.named_parameters()}
         chosen = {canonical[id(named[n])] for n in _choose(named, params)}
         everything = dict(model.named_parameters())
@@ -172,12 +173,12 @@ class FunctionalModel:
         return output.flatten(1) if output.ndim > 1 else output.unsqueeze(1)
 
 
-def _is_lazy(name: str, parameter: Tensor) -> bool:
-    if isinstance(parameter, nn.parameter.UninitializedTensorMixin):
-        raise UnsupportedModuleError(
-            f"parameter {name!r} has no shape yet. Call the module once on an example before its kernel is asked for."
-        )
-    return False
+def _refuse_uninitialised(named: Mapping[str, Tensor]) -> None:
+    for name, parameter in named.items():
+        if nn.parameter.is_lazy(parameter):
+            raise UnsupportedModuleError(
+                f"parameter {name!r} has no shape yet. Call the module once on an example before its kernel is asked for."
+            )
 
 
 def _choose(named: Mapping[str, Tensor], params: ParameterChoice) -> list[str]:

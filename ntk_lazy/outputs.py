@@ -12,7 +12,7 @@ Every mode is a linear map between blocks on rows and cotangents at the model's 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -21,7 +21,7 @@ from torch import Tensor
 from ntk_lazy.errors import ArgumentError
 from ntk_lazy.shapes import Block
 
-type OutputMode = Literal["full", "trace", "sum"] | int
+OutputMode: TypeAlias = Literal["full", "trace", "sum"] | int
 
 
 @dataclass(frozen=True)

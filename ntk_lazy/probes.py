@@ -66,8 +66,10 @@ class Probes:
             return
         flat = self.inputs.reshape(-1, *self.inputs.shape[self.inputs.ndim - self.input_dims :])
         for start in range(0, flat.shape[0], _FINGERPRINT_CHUNK):
-            finite = flat[start : start + _FINGERPRINT_CHUNK].flatten(1).isfinite().all(1) if flat.ndim > 1 else (
-                flat[start : start + _FINGERPRINT_CHUNK].isfinite()
+            finite = (
+                flat[start : start + _FINGERPRINT_CHUNK].flatten(1).isfinite().all(1)
+                if flat.ndim > 1
+                else (flat[start : start + _FINGERPRINT_CHUNK].isfinite())
             )
             if not finite.all():
                 bad = start + int((~finite).nonzero()[0])

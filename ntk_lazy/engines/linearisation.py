@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import final, override
+from typing import TypeAlias, final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.func import jvp, vjp, vmap
+from typing_extensions import override
 
 from ntk_lazy.model import FunctionalModel
 
-type Cotangents = Float[Tensor, "columns examples outputs"]
-type Tangents = dict[str, Tensor]
+Cotangents: TypeAlias = Float[Tensor, "columns examples outputs"]
+Tangents: TypeAlias = dict[str, Tensor]
 
 
 class Linearisation(ABC):
@@ -41,7 +42,7 @@ class ForwardOverReverse(Linearisation):
 
     @override
     def pull(self, U: Cotangents) -> Tangents:
-        _, transpose = vjp(self._outputs, self.model.params)
+        transpose = vjp(self._outputs, self.model.params)[1]
         if U.shape[0] == 1:
             return {name: g.unsqueeze(0) for name, g in transpose(U[0])[0].items()}
         pulled: Tangents = vmap(transpose)(U)[0]
@@ -90,14 +91,18 @@ class DoubleReverse(Linearisation):
         used = [(name, g) for name, g in zip(names, pulled, strict=True) if g is not None and g.requires_grad]
         columns = []
         for column in range(next(iter(W.values())).shape[0]):
-            (pushed,) = torch.autograd.grad(
-                [g for _, g in used],
-                u,
-                [W[name][column] for name, _ in used],
-                retain_graph=True,
-                allow_unused=True,
-                create_graph=torch.is_grad_enabled(),
-            ) if used else (None,)
+            (pushed,) = (
+                torch.autograd.grad(
+                    [g for _, g in used],
+                    u,
+                    [W[name][column] for name, _ in used],
+                    retain_graph=True,
+                    allow_unused=True,
+                    create_graph=torch.is_grad_enabled(),
+                )
+                if used
+                else (None,)
+            )
             columns.append(torch.zeros_like(output) if pushed is None else pushed)
         return torch.stack(columns)
 

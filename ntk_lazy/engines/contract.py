@@ -1,0 +1,97 @@
+"""What an engine promises, and what it is told about a model before it starts."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from jaxtyping import Float
+from torch import Tensor
+
+from ntk_lazy.model import FunctionalModel
+from ntk_lazy.outputs import OutputLayout
+from ntk_lazy.shapes import Block, SmallMatrix
+
+ColumnsFirst: TypeAlias = Float[Tensor, "columns features"]
+ExampleRows: TypeAlias = Float[Tensor, "examples rows features"]
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What a check on a few examples found out about a model.
+
+    Attributes:
+        mode: How J is multiplied: forward over reverse mode, or reverse mode twice.
+        per_example_vmap: Whether the gradient of one example can be vectorised over examples.
+        num_outputs: C, outputs of one example with all trailing dimensions flattened.
+        writes_buffers: Whether the forward pass changes a buffer, so that each call needs its own copies.
+        activation_bytes: Saved for the backward pass of one example, parameters excluded.
+        notes: What a reader should know, such as the module that forced a fallback.
+    """
+
+    mode: Literal["forward-over-reverse", "double-reverse"]
+    per_example_vmap: bool
+    num_outputs: int
+    writes_buffers: bool
+    activation_bytes: int
+    notes: tuple[str, ...] = ()
+
+
+class Engine(ABC):
+    """Multiply with J and Jᵀ of one model on examples, all outputs of all examples, in the rows of a layout.
+
+    Features are the columns of J: ``passes * P`` of them. Blocks of features have the columns first, so that
+    each is one contiguous flat parameter vector (``passes`` of them in trace mode). Nothing here builds a graph
+    except ``rows`` and ``bilinear_gradient``.
+    """
+
+    def __init__(self, model: FunctionalModel, layout: OutputLayout) -> None:
+        self.model = model
+        self.layout = layout
+
+    @property
+    def num_features(self) -> int:
+        """Columns of J."""
+        return self.layout.passes * self.model.num_params
+
+    @abstractmethod
+    def pull(self, x: Tensor, V: Block) -> ColumnsFirst:
+        """Return ``(Jᵀ V)ᵀ``, shape ``(k, features)``."""
+
+    @abstractmethod
+    def push(self, x: Tensor, W: ColumnsFirst) -> Block:
+        """Return ``J Wᵀ``, shape ``(rows, k)``."""
+
+    @abstractmethod
+    def product(self, x1: Tensor, x2: Tensor, V: Block) -> Block:
+        """Return ``J1 J2ᵀ V`` without holding features for more columns than the budget allows."""
+
+    @abstractmethod
+    def half_gram(self, x: Tensor, V: Block) -> SmallMatrix:
+        """Return ``(Jᵀ V)ᵀ (Jᵀ V)`` in float64 on the CPU."""
+
+    @abstractmethod
+    def rows(self, x: Tensor) -> ExampleRows:
+        """Return the rows of J of these examples, all at once; follows the caller's grad mode."""
+
+    @abstractmethod
+    def row_chunks(self, num_examples: int) -> list[slice]:
+        """Divide examples into chunks whose rows of J fit the budget."""
+
+    @abstractmethod
+    def bilinear_gradient(
+        self, x1: Tensor, x2: Tensor, U: Block, V: Block, *, wrt: set[str]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Differentiate ``q = sum_d u_dᵀ J1 J2ᵀ v_d``.
+
+        Args:
+            x1: Examples of the rows.
+            x2: Examples of the columns.
+            U: Shape ``(rows of x1, d)``.
+            V: Shape ``(rows of x2, d)``.
+            wrt: Names of parameters and constants, and ``"x1"`` and ``"x2"``.
+
+        Returns:
+            q itself, and the gradient for each name (absent where q does not depend on it).
+        """
