@@ -94,8 +94,8 @@ class ChunkRule:
         if smallest > self.budget:
             fits = (self.budget - 2 * self.parameter_bytes * self.passes) // (self.activation_bytes * (1 + self.passes))
             raise BudgetError(
-                f"one column over a chunk of {self.chunk_size or 1} examples takes {smallest:,} bytes, but the budget is "
-                f"{self.budget:,}. Raise memory_budget, or use a chunk of {max(fits, 0)} examples.",
+                f"one column over a chunk of {self.chunk_size or 1} examples takes {smallest:,} bytes, but the budget "
+                f"is {self.budget:,}. Raise memory_budget, or use a chunk of {max(fits, 0)} examples.",
                 requested_bytes=smallest,
                 available_bytes=self.budget,
                 largest_chunk=max(int(fits), 0),

@@ -13,6 +13,9 @@ from ntk_lazy.model import FunctionalModel
 from ntk_lazy.outputs import OutputLayout
 from ntk_lazy.shapes import Block, SmallMatrix
 
+# Names of the inputs among the names of parameters; no parameter of a module can be called so.
+X1, X2 = "<x1>", "<x2>"
+
 ColumnsFirst: TypeAlias = Float[Tensor, "columns features"]
 ExampleRows: TypeAlias = Float[Tensor, "examples rows features"]
 
@@ -27,6 +30,7 @@ class Preflight:
         num_outputs: C, outputs of one example with all trailing dimensions flattened.
         writes_buffers: Whether the forward pass changes a buffer, so that each call needs its own copies.
         activation_bytes: Saved for the backward pass of one example, parameters excluded.
+        draws_numbers: Whether it draws random numbers, which must not move the user's generator.
         notes: What a reader should know, such as the module that forced a fallback.
     """
 
@@ -35,6 +39,7 @@ class Preflight:
     num_outputs: int
     writes_buffers: bool
     activation_bytes: int
+    draws_numbers: bool = False
     notes: tuple[str, ...] = ()
 
 
@@ -90,7 +95,7 @@ class Engine(ABC):
             x2: Examples of the columns.
             U: Shape ``(rows of x1, d)``.
             V: Shape ``(rows of x2, d)``.
-            wrt: Names of parameters and constants, and ``"x1"`` and ``"x2"``.
+            wrt: Names of parameters and constants, and ``X1`` and ``X2`` for the inputs.
 
         Returns:
             q itself, and the gradient for each name (absent where q does not depend on it).

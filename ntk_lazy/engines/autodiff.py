@@ -1,0 +1,201 @@
+"""The engine for any module: reverse mode for Jᵀ, forward mode (or reverse mode twice) for J."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import final
+
+import torch
+from torch import Tensor
+from torch.func import vjp, vmap
+from typing_extensions import override
+
+from ntk_lazy.engines.chunks import ChunkRule, Chunks, slices
+from ntk_lazy.engines.contract import X1, X2, ColumnsFirst, Engine, ExampleRows, Preflight
+from ntk_lazy.engines.flat import FlatLayout
+from ntk_lazy.engines.linearisation import DoubleReverse, ForwardOverReverse, Linearisation
+from ntk_lazy.model import FunctionalModel
+from ntk_lazy.outputs import OutputLayout
+from ntk_lazy.precision import differentiable_attention, ieee_precision
+from ntk_lazy.shapes import Block, SmallMatrix
+
+
+@final
+class AutodiffEngine(Engine):
+    """Products by automatic differentiation, chunked over examples and over columns.
+
+    Cost of a product with k columns: about ``12 N P k`` flops for dense layers, ``passes`` times that in trace
+    mode. Memory: that of ``ChunkRule``.
+    """
+
+    def __init__(
+        self, model: FunctionalModel, layout: OutputLayout, *, preflight: Preflight, budget: int, chunk_size: int | None
+    ) -> None:
+        super().__init__(replace(model, has_private_buffers=preflight.writes_buffers), layout)
+        self.preflight = preflight
+        self.flat = FlatLayout.of(model.params)
+        self.rule = ChunkRule(
+            activation_bytes=max(preflight.activation_bytes, 1),
+            parameter_bytes=model.num_params * model.dtype.itemsize,
+            passes=layout.passes,
+            budget=budget,
+            device_type=model.device.type,
+            chunk_size=chunk_size,
+        )
+
+    @override
+    def pull(self, x: Tensor, V: Block) -> ColumnsFirst:
+        with torch.no_grad(), ieee_precision(), differentiable_attention():
+            return self._pull(x, V, self.rule.fit(x.shape[0], V.shape[1]))
+
+    @override
+    def push(self, x: Tensor, W: ColumnsFirst) -> Block:
+        with torch.no_grad(), ieee_precision(), differentiable_attention():
+            return self._push(x, W, self.rule.fit(x.shape[0], W.shape[0]))
+
+    @override
+    def product(self, x1: Tensor, x2: Tensor, V: Block) -> Block:
+        chunks = self.rule.fit(max(x1.shape[0], x2.shape[0]), V.shape[1])
+        with torch.no_grad(), ieee_precision(), differentiable_attention():
+            parts = [
+                self._push(x1, self._pull(x2, V[:, columns], chunks), chunks)
+                for columns in slices(V.shape[1], chunks.columns)
+            ]
+        return torch.cat(parts, 1) if parts else V.new_zeros(x1.shape[0] * self.layout.rows_per_example, 0)
+
+    @override
+    def half_gram(self, x: Tensor, V: Block) -> SmallMatrix:
+        k = V.shape[1]
+        gram = torch.zeros(k, k, dtype=torch.float64, device=V.device)
+        chunks = self.rule.fit(x.shape[0], k)
+        pieces = list(slices(k, chunks.columns))
+        with torch.no_grad(), ieee_precision(), differentiable_attention():
+            for i, left in enumerate(pieces):
+                W = self._pull(x, V[:, left], chunks)
+                for right in pieces[i:]:
+                    # Columns that do not fit beside each other are pulled again: half of the blocks for each block.
+                    other = W if right is left else self._pull(x, V[:, right], chunks)
+                    part = _gram64(W, other)
+                    gram[left, right], gram[right, left] = part, part.mT
+        return gram.cpu()
+
+    @override
+    def rows(self, x: Tensor) -> ExampleRows:
+        cotangents = self.layout.cotangents(dtype=self.model.dtype, device=x.device)
+        with ieee_precision(), differentiable_attention():
+            if self.preflight.per_example_vmap and self.preflight.mode == "forward-over-reverse":
+                flat = self._rows_vmapped(x, cotangents)
+            else:
+                flat = torch.stack([self._rows_of_one(x[i : i + 1], cotangents) for i in range(x.shape[0])])
+        return flat.reshape(x.shape[0], self.layout.rows_per_example, self.num_features)
+
+    @override
+    def row_chunks(self, num_examples: int) -> list[slice]:
+        return list(slices(num_examples, self.rule.fit_rows(self.layout.rows_per_example * self.layout.passes)))
+
+    @override
+    def bilinear_gradient(
+        self, x1: Tensor, x2: Tensor, U: Block, V: Block, *, wrt: set[str]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        chunks = self.rule.fit(max(x1.shape[0], x2.shape[0]), U.shape[1])
+        value = U.new_zeros(())
+        gradient: dict[str, Tensor] = {}
+        with ieee_precision(), differentiable_attention():
+            for columns in slices(U.shape[1], chunks.columns):
+                u, v = U[:, columns].detach(), V[:, columns].detach()
+                with torch.no_grad():
+                    a, b = self._pull(x1, u, chunks), self._pull(x2, v, chunks)
+                value = value + (a * b).sum()
+                for name, x, rows, features in ((X1, x1, u, b), (X2, x2, v, a)):
+                    self._sweep(name, x, rows, features, wrt, chunks, gradient)
+        return value, gradient
+
+    def _sweep(
+        self,
+        side: str,
+        x: Tensor,
+        rows: Block,
+        features: ColumnsFirst,
+        wrt: set[str],
+        chunks: Chunks,
+        gradient: dict[str, Tensor],
+    ) -> None:
+        """Add to ``gradient`` that of ``⟨rows, J featuresᵀ⟩``, which is a sum over examples, with features fixed."""
+        model = self.model
+        leaves = {
+            n: t.detach().requires_grad_(n in wrt) for n, t in (model.params | model.constants).items() if n in wrt
+        }
+        model = replace(
+            model,
+            params={n: leaves.get(n, t.detach()) for n, t in model.params.items()},
+            constants={n: leaves.get(n, t.detach()) for n, t in model.constants.items()},
+        )
+        for examples in slices(x.shape[0], chunks.examples):
+            piece = x[examples].detach()
+            inputs = dict(leaves)
+            if side in wrt:
+                inputs[side] = piece.requires_grad_()
+            if not inputs:
+                return
+            with torch.enable_grad():
+                pushed = self.layout.lower(self._linearise(piece, model).push(self._views(features)))
+                q = (pushed * rows[self._rows_of(examples)]).sum()
+            if not q.requires_grad:
+                continue
+            grads = torch.autograd.grad(q, list(inputs.values()), allow_unused=True)
+            for name, g in zip(inputs, grads, strict=True):
+                if g is None:
+                    continue
+                if name == side:
+                    gradient.setdefault(side, torch.zeros_like(x, requires_grad=False))[examples] += g
+                else:
+                    gradient[name] = gradient[name] + g if name in gradient else g
+
+    def _linearise(self, x: Tensor, model: FunctionalModel | None = None) -> Linearisation:
+        kind = ForwardOverReverse if self.preflight.mode == "forward-over-reverse" else DoubleReverse
+        return kind(model or self.model, x)
+
+    def _rows_of(self, examples: slice) -> slice:
+        r = self.layout.rows_per_example
+        return slice(examples.start * r, examples.stop * r)
+
+    def _views(self, W: ColumnsFirst) -> dict[str, Tensor]:
+        return self.flat.views(W.reshape(-1, self.model.num_params))
+
+    def _pull(self, x: Tensor, V: Block, chunks: Chunks) -> ColumnsFirst:
+        W = V.new_zeros(V.shape[1] * self.layout.passes, self.model.num_params, dtype=self.model.dtype)
+        for columns in slices(V.shape[1], chunks.columns):
+            here = W[columns.start * self.layout.passes : columns.stop * self.layout.passes]
+            for examples in slices(x.shape[0], chunks.examples):
+                cotangents = self.layout.lift(V[self._rows_of(examples), columns])
+                self.flat.add(here, self._linearise(x[examples]).pull(cotangents))
+        return W.reshape(V.shape[1], self.num_features)
+
+    def _push(self, x: Tensor, W: ColumnsFirst, chunks: Chunks) -> Block:
+        Y = W.new_empty(x.shape[0] * self.layout.rows_per_example, W.shape[0])
+        for columns in slices(W.shape[0], chunks.columns):
+            tangents = self._views(W[columns])
+            for examples in slices(x.shape[0], chunks.examples):
+                Y[self._rows_of(examples), columns] = self.layout.lower(self._linearise(x[examples]).push(tangents))
+        return Y
+
+    def _rows_vmapped(self, x: Tensor, cotangents: Tensor) -> Tensor:
+        def one(example: Tensor) -> Tensor:
+            transpose = vjp(lambda params: self.model(params, example.unsqueeze(0))[0], self.model.params)[1]
+            pulled = vmap(transpose)(cotangents)[0]
+            return torch.cat([g.flatten(1) for g in pulled.values()], 1)
+
+        return vmap(one)(x)
+
+    def _rows_of_one(self, x: Tensor, cotangents: Tensor) -> Tensor:
+        pulled = self._linearise(x).pull(cotangents.unsqueeze(1))
+        return torch.cat([g.flatten(1) for g in pulled.values()], 1)
+
+
+def _gram64(left: Tensor, right: Tensor) -> Tensor:
+    """Multiply ``left rightᵀ`` in float64 by pieces, so that no float64 copy of a block is held."""
+    size = max(1, (16 << 20) // (8 * max(left.shape[0], 1)))
+    total = torch.zeros(left.shape[0], right.shape[0], dtype=torch.float64, device=left.device)
+    for piece in slices(left.shape[1], size):
+        total.addmm_(left[:, piece].double(), right[:, piece].double().mT)
+    return total

@@ -1,0 +1,125 @@
+"""One application of a model to a few examples, and what it did to the tensors it was given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Self, final
+
+import torch
+from torch import Tensor
+
+from ntk_lazy.engines import suspects
+from ntk_lazy.engines.rounding import differs
+from ntk_lazy.engines.suspects import Call, EmbeddingWatch, named
+from ntk_lazy.errors import NonFiniteError, ShapeError, UnsupportedModuleError
+from ntk_lazy.model import FunctionalModel
+
+# A rare event (dropout with a small p) must show in one of these.
+_TRIALS_OF_RANDOM_MODELS = 8
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class ForwardPass:
+    """What one forward pass returned and did; it ran on private copies of all tensors.
+
+    Attributes:
+        copy: The model on these copies; its buffers are as the last application left them.
+        x: The examples.
+        output: Shape ``(b, C)``, finite and real.
+        calls: The modules that were called.
+        embeddings: What was noticed about embeddings.
+        written_buffers: Names of the buffers that were written to.
+        draws_numbers: Whether random numbers were drawn.
+    """
+
+    copy: FunctionalModel
+    x: Tensor
+    output: Tensor
+    calls: list[Call]
+    embeddings: EmbeddingWatch
+    written_buffers: list[str]
+    draws_numbers: bool
+
+    @classmethod
+    def run(cls, model: FunctionalModel, x: Tensor) -> Self:
+        """Apply the model once, and refuse what has no derivative.
+
+        Raises:
+            NonFiniteError: The output for an example is not finite.
+            ShapeError: No outputs, or examples that are not the first dimension.
+            UnsupportedModuleError: A parameter was written to, or the outputs are not real numbers.
+        """
+        copy = replace(
+            model,
+            params={name: p.detach().clone() for name, p in model.params.items()},
+            constants={name: t.detach().clone() for name, t in model.constants.items()},
+            has_private_buffers=False,
+        )
+        tensors = copy.params | copy.constants
+        versions = {name: t._version for name, t in tensors.items()}
+        states = _random_states(x)
+        with suspects.recorded_calls(model.call.module) as calls, EmbeddingWatch(copy.constants.values()) as watch:
+            output = copy(copy.params, x)
+        written = [name for name, t in tensors.items() if t._version != versions[name]]
+        _refuse_written_parameters([name for name in written if name not in model.buffer_names], calls)
+        _check_output(output)
+        draws = any(not torch.equal(a, b) for a, b in zip(states, _random_states(x), strict=True))
+        return cls(copy, x, output, calls, watch, written, draws)
+
+    @property
+    def writes_buffers(self) -> bool:
+        """Whether a call needs its own copies of the buffers."""
+        return bool(self.written_buffers)
+
+    def check_determinism(self) -> None:
+        """Apply the model again, to the buffers as the last application left them; raise if it returns otherwise."""
+        random = suspects.random_modules(self.calls)
+        if random:
+            raise UnsupportedModuleError(
+                f"{named(random)} draws random numbers because it is in train mode, so that no two products would be "
+                "with the same kernel. Call model.eval() first."
+            )
+        trials = _TRIALS_OF_RANDOM_MODELS if self.draws_numbers else 1
+        if not any(differs(self.copy(self.copy.params, self.x), self.output) for _ in range(trials)):
+            return
+        if self.writes_buffers and not self.draws_numbers:
+            owners = suspects.owners_of(self.calls, self.written_buffers)
+            raise UnsupportedModuleError(
+                f"two applications of the model to the same examples differ, because {named(owners)} writes to buffer "
+                f"{self.written_buffers[0]!r}. Call model.eval() first, or take that out of the forward pass."
+            )
+        raise UnsupportedModuleError(
+            "two applications of the model to the same examples differ: its forward pass is random or keeps state. "
+            "Call model.eval() first, or take that out of the forward pass."
+        )
+
+
+def _refuse_written_parameters(names: list[str], calls: list[Call]) -> None:
+    if names:
+        raise UnsupportedModuleError(
+            f"the forward pass of {named(suspects.owners_of(calls, names))} writes to parameter {names[0]!r}, so that "
+            "there is no point to differentiate at. An embedding with max_norm does so: renormalise its weight once "
+            "and set max_norm=None."
+        )
+
+
+def _check_output(output: Tensor) -> None:
+    if not output.is_floating_point():
+        raise UnsupportedModuleError(
+            f"the model returned {output.dtype}, not real numbers with a derivative. Return what comes before the last "
+            "step (logits, not classes; real and imaginary parts), or pass output_fn, which is applied to it."
+        )
+    if output.shape[1] == 0:
+        raise ShapeError("the model returned no outputs for an example: the kernel would have no rows.")
+    finite = output.isfinite().all(1)
+    if not finite.all():
+        raise NonFiniteError(
+            f"the output for example {int((~finite).nonzero()[0])} holds a NaN or an infinity, with finite parameters. "
+            "Look for a logarithm, a division or an overflow in the forward pass."
+        )
+
+
+def _random_states(x: Tensor) -> list[Tensor]:
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state(x.device)] if x.device.type == "cuda" else states

@@ -1,0 +1,288 @@
+"""The check before the first product: is J what it seems, and which way of multiplying with it works.
+
+A handful of examples goes through the model a dozen times. What comes out wrong there would come out wrong at
+full size without a word: dropout that changes between two passes, batch statistics, gradients that are dropped,
+derivatives whose forward and reverse modes disagree. Here it is an error that names the module and the cure.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.func import vjp, vmap
+
+from ntk_lazy.engines import suspects
+from ntk_lazy.engines.contract import Preflight
+from ntk_lazy.engines.forward_pass import ForwardPass
+from ntk_lazy.engines.linearisation import DoubleReverse, ForwardOverReverse, Linearisation, Tangents
+from ntk_lazy.engines.rounding import EPS_FACTOR, differs, largest, noise
+from ntk_lazy.engines.suspects import TRANSFORM_ERRORS, Call, named
+from ntk_lazy.errors import NonFiniteError, UnsupportedModuleError
+from ntk_lazy.model import FunctionalModel
+from ntk_lazy.precision import differentiable_attention, ieee_precision
+
+
+def check(model: FunctionalModel, x: Tensor) -> Preflight:
+    """Refuse a model whose kernel would be wrong, and find out how to multiply with its Jacobian.
+
+    The module, the random number generators and all global switches come back as they were.
+
+    Args:
+        model: The model at its parameters.
+        x: A few examples, shape ``(b, ...)``; two at least let the independence of examples be tested.
+
+    Cost: About a dozen passes over ``x``; memory for up to ``8 + 2 b`` parameter vectors.
+
+    Raises:
+        NonFiniteError: A parameter, an output or a gradient is not finite.
+        ShapeError: The outputs do not have the examples as their first dimension.
+        UnsupportedModuleError: The outputs are random, depend on the other examples of the batch or are not
+            real floating-point numbers; no parameter reaches them; or no way of differentiating works.
+    """
+    _check_parameters(model)
+    with _quiet(x) as caught:
+        forward = ForwardPass.run(model, x)
+        forward.check_determinism()
+        model = replace(model, has_private_buffers=forward.writes_buffers)
+        activation_bytes = _measure_activations(model, x)
+        _refuse_known(forward)
+        by_example = _check_independence(model, forward)
+        _refuse_dropped_gradients(caught)
+        mode, note = _choose_mode(model, forward)
+        vectorises = mode == "forward-over-reverse" and _vectorises(model, x, by_example, caught)
+    return Preflight(
+        mode=mode,
+        per_example_vmap=vectorises,
+        num_outputs=forward.output.shape[1],
+        writes_buffers=forward.writes_buffers,
+        draws_numbers=forward.draws_numbers,
+        activation_bytes=activation_bytes,
+        notes=(note,) if note else (),
+    )
+
+
+@contextmanager
+def _quiet(x: Tensor) -> Iterator[list[warnings.WarningMessage]]:
+    """Build no graph by default, compute in IEEE arithmetic on a forked RNG, and collect warnings."""
+    with (
+        torch.no_grad(),
+        ieee_precision(),
+        differentiable_attention(),
+        torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else []),
+        warnings.catch_warnings(record=True) as caught,
+    ):
+        warnings.simplefilter("always")
+        yield caught
+
+
+def _check_parameters(model: FunctionalModel) -> None:
+    for name, tensor in (model.params | model.constants).items():
+        # Buffers may hold infinities for good reasons: attention masks do.
+        if name not in model.buffer_names and tensor.is_floating_point() and not tensor.isfinite().all():
+            raise NonFiniteError(f"parameter {name!r} holds a NaN or an infinity. Use an earlier checkpoint.")
+
+
+def _measure_activations(model: FunctionalModel, x: Tensor) -> int:
+    """Count the bytes that a forward pass keeps for the backward pass, by example; each storage once."""
+    leaves = {name: p.detach().requires_grad_() for name, p in model.params.items()}
+    owned = {t.untyped_storage().data_ptr() for t in (*leaves.values(), *model.constants.values(), x)}
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        address = tensor.untyped_storage().data_ptr()
+        if address not in owned:
+            kept[address] = tensor  # which also keeps the address from being used again
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = model(leaves, x)
+    if not output.requires_grad:
+        raise UnsupportedModuleError(
+            "no parameter that was chosen reaches the output: it is detached, computed under no_grad, or does not use "
+            "them. The kernel would be zero. Choose others with params=, or return the output with its graph."
+        )
+    return -(-sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) // x.shape[0])
+
+
+def _refuse_known(forward: ForwardPass) -> None:
+    """Refuse what is wrong whatever the examples are: these few may not show it."""
+    calls = forward.calls
+    coupled = suspects.batch_statistics_modules(calls)
+    if coupled:
+        cure = "call model.eval() first" if coupled[0].module.training else "set track_running_stats=True"
+        raise UnsupportedModuleError(
+            f"{named(coupled)} normalises with statistics of the batch, so that one example depends on the others and "
+            f"K on the chunks. Cure: {cure}, or use GroupNorm or LayerNorm."
+        )
+    if forward.embeddings.has_frequencies:
+        at_fault = named(suspects.embedding_modules(calls, "scale_grad_by_freq"), otherwise="an embedding")
+        raise UnsupportedModuleError(
+            f"the gradient of {at_fault} depends on how often a token occurs in the batch. "
+            "Set scale_grad_by_freq=False."
+        )
+    if forward.embeddings.is_sparse:
+        at_fault = named(suspects.embedding_modules(calls, "sparse"), otherwise="an embedding")
+        raise UnsupportedModuleError(f"the gradients of {at_fault} are sparse tensors. Set sparse=False.")
+
+
+def _check_independence(model: FunctionalModel, forward: ForwardPass) -> list[Tangents]:
+    """Compare a batch with its single rows, in the outputs and in the gradients.
+
+    Returns:
+        For each example, its gradient along the cotangent of ``_cotangents``, each ``(1, *shape)``.
+    """
+    x, calls = forward.x, forward.calls
+    U = _cotangents(forward.output)
+    by_example = []
+    for i in range(x.shape[0]):
+        example = slice(i, i + 1)
+        try:
+            alone = model(model.params, x[example])
+        except TRANSFORM_ERRORS as error:
+            what = f"the model takes a batch, but not one example alone ({suspects.first_line(error)})"
+            raise _coupled(calls, what) from error
+        if differs(alone, forward.output[example], scale=largest(forward.output)):
+            raise _coupled(calls, f"the output for example {i} alone differs from that in a batch of {x.shape[0]}")
+        by_example.append(_reverse(model, x[example], U[:, example]))
+        _check_gradient(by_example[-1], example=i)
+    together = _reverse(model, x, U)
+    scale = largest(*together.values())
+    for name, gradient in together.items():
+        if differs(torch.stack([g[name] for g in by_example]).sum(0), gradient, scale=scale):
+            raise _coupled(calls, f"the gradient of {name!r} over a batch is not the sum over its examples")
+    _check_unequal_rows(model, forward)
+    return by_example
+
+
+def _check_unequal_rows(model: FunctionalModel, forward: ForwardPass) -> None:
+    """Where all examples are the same, try once more with different ones: equal rows hide what couples them."""
+    x = forward.x
+    if x.shape[0] < 2 or not x.is_floating_point() or not (x == x[:1]).all():
+        return
+    factors = torch.linspace(0.5, 1.0, x.shape[0], dtype=x.dtype, device=x.device)
+    spread = x * factors.reshape(-1, *[1] * (x.ndim - 1))
+    output = model(model.params, spread)
+    for i in range(x.shape[0]):
+        if differs(model(model.params, spread[i : i + 1]), output[i : i + 1], scale=largest(output)):
+            raise _coupled(forward.calls, f"the output for one example differs from that in a batch of {x.shape[0]}")
+
+
+def _reverse(model: FunctionalModel, x: Tensor, U: Tensor) -> Tangents:
+    """Multiply with Jᵀ by plain autograd, which is what the kernel is defined by."""
+    try:
+        return DoubleReverse(model, x).pull(U)
+    except torch.OutOfMemoryError:
+        raise
+    except TRANSFORM_ERRORS as error:
+        raise UnsupportedModuleError(
+            f"torch.autograd.grad does not work on this model ({suspects.first_line(error)}). Reentrant activation "
+            "checkpointing is one cause: set use_reentrant=False."
+        ) from error
+
+
+def _check_gradient(gradient: Tangents, *, example: int) -> None:
+    for name, g in gradient.items():
+        if not g.isfinite().all():
+            raise NonFiniteError(
+                f"the gradient of {name!r} at example {example} holds a NaN or an infinity, with finite outputs. Look "
+                "for a square root or a norm at zero in the forward pass."
+            )
+
+
+def _coupled(calls: list[Call], what: str) -> UnsupportedModuleError:
+    time_first = suspects.time_first_modules(calls)
+    if time_first:
+        cure = f"{named(time_first)} takes the first dimension for time: set batch_first=True."
+    else:
+        cure = "Compute each example of dimension 0 by itself; where it squeezes, let it squeeze(-1)."
+    return UnsupportedModuleError(f"{what}. {cure}")
+
+
+def _refuse_dropped_gradients(caught: list[warnings.WarningMessage]) -> None:
+    if any("Gradients will be None" in str(warning.message) for warning in caught):
+        raise UnsupportedModuleError(
+            "reentrant activation checkpointing drops the gradient of a block whose input has none. "
+            "Set use_reentrant=False in torch.utils.checkpoint.checkpoint."
+        )
+
+
+def _choose_mode(
+    model: FunctionalModel, forward: ForwardPass
+) -> tuple[Literal["forward-over-reverse", "double-reverse"], str]:
+    """Take the first way of multiplying with J that agrees with plain reverse mode; say what is wrong with others."""
+    x, calls = forward.x, forward.calls
+    U = noise((2, *forward.output.shape), like=forward.output, seed=2)
+    W = {name: noise((2, *p.shape), like=p, seed=3 + i) for i, (name, p) in enumerate(model.params.items())}
+    reference = DoubleReverse(model, x).pull(U)
+    if forward.embeddings.has_padding:
+        # Reverse mode skips the row of padding_idx, forward mode does not; whether it shows depends on the tokens.
+        at_fault = named(suspects.embedding_modules(calls, "padding_idx"), otherwise="an embedding")
+        reason = "forward and reverse mode disagree on padding_idx"
+    else:
+        reason = _disagreement(ForwardOverReverse(model, x), U, W, reference)
+        if not reason:
+            return "forward-over-reverse", ""
+        found = suspects.first_without_forward_mode(calls)
+        at_fault, reason = ("the forward pass", reason) if found is None else (str(found[0]), found[1])
+    second = _disagreement(DoubleReverse(model, x), U, W, reference)
+    if not second:
+        return "double-reverse", f"{at_fault}: no forward mode ({reason}); reverse mode is applied twice instead."
+    is_bag = any(isinstance(call.module, torch.nn.EmbeddingBag) for call in calls)
+    cure = "EmbeddingBag by Embedding and a sum or mean over tokens" if is_bag else "it by a module that can be"
+    raise UnsupportedModuleError(
+        f"{at_fault} can be differentiated neither in forward mode ({reason}) nor twice in reverse mode ({second}). "
+        f"Replace {cure}."
+    )
+
+
+def _disagreement(way: Linearisation, U: Tensor, W: Tangents, reference: Tangents) -> str:
+    """Say how a way of multiplying fails: by an exception, in Jᵀ, or in ⟨J w, u⟩ = ⟨w, Jᵀ u⟩; "" where it works."""
+    try:
+        pulled, pushed = way.pull(U), way.push(W)
+    except torch.OutOfMemoryError:
+        raise
+    except TRANSFORM_ERRORS as error:
+        return suspects.first_line(error)
+    scale = largest(*reference.values())
+    if any(differs(pulled[name], g, scale=scale) for name, g in reference.items()):
+        return "its gradient differs from that of plain autograd"
+    left = torch.einsum("abc,dbc->ad", U.double(), pushed.double())
+    right = torch.stack([g.flatten(1).double() @ W[name].flatten(1).double().mT for name, g in pulled.items()]).sum(0)
+    norms = U.double().flatten(1).norm(dim=1)[:, None] * pushed.double().flatten(1).norm(dim=1)
+    is_adjoint = ((left - right).abs() <= EPS_FACTOR * torch.finfo(U.dtype).eps * norms).all()
+    return "" if is_adjoint else "forward and reverse mode disagree"
+
+
+def _vectorises(
+    model: FunctionalModel, x: Tensor, by_example: list[Tangents], caught: list[warnings.WarningMessage]
+) -> bool:
+    """Whether the gradients of single examples can be had by one vectorised call, at its full speed."""
+
+    def gradient(example: Tensor, cotangent: Tensor) -> Tangents:
+        _, transpose = vjp(lambda params: model(params, example.unsqueeze(0))[0], model.params)
+        pulled: Tangents = transpose(cotangent)[0]
+        return pulled
+
+    num_warnings = len(caught)
+    try:
+        stacked = vmap(gradient, randomness="same")(x, _cotangents(model(model.params, x))[0])
+    except torch.OutOfMemoryError:
+        raise
+    except TRANSFORM_ERRORS:
+        return False
+    if any("batching rule" in str(warning.message) for warning in caught[num_warnings:]):
+        return False  # torch would loop over the examples, and say so at every call
+    scale = max(largest(*g.values()) for g in by_example)
+    return not any(
+        differs(stacked[name][i], g[0], scale=scale) for i, row in enumerate(by_example) for name, g in row.items()
+    )
+
+
+def _cotangents(output: Tensor) -> Tensor:
+    return noise((1, *output.shape), like=output, seed=1)

@@ -1,0 +1,208 @@
+"""Which module is at fault: what a forward pass calls, and what is known or found about each of the calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, jvp, vjp
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.modules.module import register_module_forward_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+from typing_extensions import override
+
+from ntk_lazy.engines.rounding import EPS_FACTOR, noise
+
+# What a transform of functions raises where it meets an operation that it has no rule for. The module has run
+# without the transform by then, so that none of these can be the user's own.
+TRANSFORM_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError)
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One call of one module in a forward pass, with the arguments it was given."""
+
+    name: str
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def __str__(self) -> str:
+        kind = type(self.module).__name__
+        return f"{self.name!r} ({kind})" if self.name else f"the model itself ({kind})"
+
+
+@contextmanager
+def recorded_calls(module: nn.Module | None) -> Iterator[list[Call]]:
+    """List the calls of a module and of those inside it, in the order in which they return.
+
+    One hook on all modules is used and taken away again, so that the hooks of the user's module are not touched.
+    """
+    calls: list[Call] = []
+    names = {} if module is None else {id(inner): name for name, inner in module.named_modules()}
+
+    def note(called: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if id(called) in names:
+            calls.append(Call(names[id(called)], called, args, kwargs))
+
+    hook: Callable[..., None] = note
+    handle = register_module_forward_hook(hook, with_kwargs=True)
+    try:
+        yield calls
+    finally:
+        handle.remove()
+
+
+class EmbeddingWatch(TorchDispatchMode):
+    """Notice embeddings, of modules and functional ones, whose backward pass is not the transpose of the forward.
+
+    Attributes:
+        has_padding: A row is left out of the gradient (``padding_idx``), but not of the forward-mode derivative.
+        has_frequencies: Gradients are divided by how often a token occurs in the batch.
+        is_sparse: Gradients are sparse tensors.
+    """
+
+    def __init__(self, fixed: Iterable[Tensor]) -> None:
+        super().__init__()
+        self._fixed = {tensor.untyped_storage().data_ptr() for tensor in fixed}
+        self.has_padding = self.has_frequencies = self.is_sparse = False
+
+    @override
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is torch.ops.aten.embedding.default and args[0].untyped_storage().data_ptr() not in self._fixed:
+            padding_idx, by_frequency, sparse = (*args[2:], *(-1, False, False)[len(args) - 2 :])
+            self.has_padding |= padding_idx >= 0
+            self.has_frequencies |= by_frequency
+            self.is_sparse |= sparse
+        return func(*args, **(kwargs or {}))
+
+
+def random_modules(calls: list[Call]) -> list[Call]:
+    """List the calls whose result is drawn at random."""
+    return [call for call in _distinct(calls) if call.module.training and _is_random(call.module)]
+
+
+def batch_statistics_modules(calls: list[Call]) -> list[Call]:
+    """List the calls that normalise with statistics of the batch."""
+    return [
+        call
+        for call in _distinct(calls)
+        if isinstance(call.module, _BatchNorm) and (call.module.training or call.module.running_mean is None)
+    ]
+
+
+def time_first_modules(calls: list[Call]) -> list[Call]:
+    """List the calls that take the first dimension for time, because ``batch_first`` was not set."""
+    found = []
+    for call in _distinct(calls):
+        owner = getattr(call.module, "self_attn", call.module)
+        tensors = [arg for arg in call.args if isinstance(arg, Tensor)]
+        if getattr(owner, "batch_first", True) is False and any(t.ndim == 3 for t in tensors):
+            found.append(call)
+    return found
+
+
+def embedding_modules(calls: list[Call], option: str) -> list[Call]:
+    """List the embeddings that were built with an option."""
+    return [c for c in _distinct(calls) if getattr(c.module, option, None) not in (None, False)]
+
+
+def owners_of(calls: list[Call], tensors: list[str]) -> list[Call]:
+    """List the calls of the modules that own the tensors."""
+    owners = {name.rpartition(".")[0] for name in tensors}
+    return [call for call in _distinct(calls) if call.name in owners]
+
+
+def first_without_forward_mode(calls: list[Call]) -> tuple[Call, str] | None:
+    """Find the innermost call that forward mode cannot follow, or follows to another Jacobian than reverse mode.
+
+    Calls are tried in the order in which they return, so that a module is tried after those inside it.
+
+    Returns:
+        The call and what happened there; None where every call passes alone.
+    """
+    for call in calls:
+        reason = _try_forward_mode(call)
+        if reason is not None:
+            return call, reason
+    return None
+
+
+def named(calls: list[Call], *, otherwise: str = "the model") -> str:
+    """Write out calls for a message, the first few of them."""
+    if not calls:
+        return otherwise
+    shown = ", ".join(str(call) for call in calls[:3])
+    return shown if len(calls) <= 3 else f"{shown} and {len(calls) - 3} more"
+
+
+def first_line(error: BaseException) -> str:
+    """Shorten a message of torch to its first sentence."""
+    line = str(error).strip().split("\n")[0].split(". ")[0].rstrip(".")
+    return line if len(line) <= 160 else line[:157] + "..."
+
+
+def _distinct(calls: list[Call]) -> list[Call]:
+    return list({id(call.module): call for call in calls}.values())
+
+
+def _is_random(module: nn.Module) -> bool:
+    if isinstance(module, _DropoutNd):
+        return module.p > 0
+    if isinstance(module, nn.MultiheadAttention):
+        return module.dropout > 0
+    if isinstance(module, nn.RNNBase):
+        return module.dropout > 0 and module.num_layers > 1
+    return isinstance(module, nn.RReLU | nn.FractionalMaxPool2d | nn.FractionalMaxPool3d)
+
+
+def _try_forward_mode(call: Call) -> str | None:
+    """Differentiate one module alone, in both modes, and say what went wrong."""
+    places = [i for i, arg in enumerate(call.args) if isinstance(arg, Tensor) and arg.is_floating_point()]
+    params = {name: p.detach() for name, p in call.module.named_parameters() if p.is_floating_point()}
+    primals = (params, {str(i): call.args[i].detach().clone() for i in places})
+    if not params and not places:
+        return None
+
+    def outputs(params: dict[str, Tensor], inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        args = tuple(inputs[str(i)] if i in places else arg for i, arg in enumerate(call.args))
+        buffers = {name: b.detach().clone() for name, b in call.module.named_buffers()}
+        returned = functional_call(call.module, {**params, **buffers}, args, call.kwargs)
+        return tuple(_floating_tensors(returned))
+
+    tangents = tuple({n: noise(t.shape, like=t, seed=1) for n, t in group.items()} for group in primals)
+    try:
+        values, pushed = jvp(outputs, primals, tangents)
+        cotangents = tuple(noise(value.shape, like=value, seed=2) for value in values)
+        pulled = vjp(outputs, *primals)[1](cotangents)
+    except torch.OutOfMemoryError:
+        raise
+    except TRANSFORM_ERRORS as error:
+        return first_line(error)
+    forward = _inner(pushed, cotangents)
+    reverse = sum(_inner(p.values(), t.values()) for p, t in zip(pulled, tangents, strict=True))
+    scale = (_inner(pushed, pushed) * _inner(cotangents, cotangents)) ** 0.5
+    eps = max((torch.finfo(t.dtype).eps for t in values), default=0.0)
+    return "forward and reverse mode disagree" if abs(forward - reverse) > EPS_FACTOR * eps * scale else None
+
+
+def _floating_tensors(returned: Any) -> Iterator[Tensor]:
+    if isinstance(returned, Tensor):
+        if returned.is_floating_point():
+            yield returned
+    elif isinstance(returned, dict):
+        yield from _floating_tensors(tuple(returned.values()))
+    elif isinstance(returned, tuple | list):
+        for value in returned:
+            yield from _floating_tensors(value)
+
+
+def _inner(left: Iterable[Tensor], right: Iterable[Tensor]) -> float:
+    return sum((float((a.double() * b.double()).sum()) for a, b in zip(left, right, strict=True)), 0.0)

@@ -1,0 +1,125 @@
+"""``ntk``: from a model and inputs to the lazy kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ntk_lazy.engines.chunks import parse_budget
+from ntk_lazy.engines.preflight import check
+from ntk_lazy.errors import ArgumentError, ShapeError
+from ntk_lazy.model import FunctionalModel, OutputFunction, ParameterChoice, ParameterFunction
+from ntk_lazy.operator import NTKLinearOperator
+from ntk_lazy.outputs import OutputLayout, OutputMode
+from ntk_lazy.plan import EngineName, EngineSettings
+from ntk_lazy.probes import Probes
+from ntk_lazy.side import Side
+
+_PREFLIGHT_EXAMPLES = 4
+
+
+def ntk(  # noqa: PLR0913  (the front door: each option is one word)
+    model: nn.Module | ParameterFunction | FunctionalModel,
+    x1: Tensor | np.ndarray | Probes,
+    x2: Tensor | np.ndarray | Probes | None = None,
+    *,
+    params: ParameterChoice | Mapping[str, Tensor] = None,
+    outputs: OutputMode = "full",
+    output_fn: OutputFunction | None = None,
+    engine: EngineName = "auto",
+    memory_budget: int | float | str | None = None,
+    max_dense_bytes: int | None = None,
+    chunk_size: int | None = None,
+    input_dims: int | None = None,
+) -> NTKLinearOperator:
+    """Take the empirical neural tangent kernel ``K = J1 J2ᵀ`` of a model without writing it down.
+
+    Args:
+        model: A module, a plain function ``f(params, x)``, or a ``FunctionalModel``. A module is neither copied nor
+            changed; K follows its parameters. Put it into ``eval()`` mode first if it has dropout or batch-norm.
+            Half-precision parameters are read exactly and multiplied in float32.
+        x1: Inputs of the rows, N examples: any dtype, token ids included.
+        x2: Inputs of the columns; None makes K square, on ``x1``.
+        params: Which parameters make up J: None for all (frozen ones too), names or glob patterns, or a predicate on
+            ``(name, parameter)``. For a plain function, the mapping of its tensors.
+        outputs: ``"full"`` (``n = N*C`` rows, row ``i*C + c``), ``"trace"`` (``1/C sum_c K_cc``, N rows), ``"sum"``
+            (the Jacobian of ``1/sqrt(C) sum_c f_c``, N rows), or the index of one output (N rows).
+        output_fn: Applied to what the module returns, for modules that return dicts or tuples.
+        engine: ``"auto"`` or ``"autodiff"``.
+        memory_budget: Bytes, or ``"4GB"``, that a product may hold beside operands and result; None for a quarter of
+            what is free.
+        max_dense_bytes: The largest K that ``to_dense()`` may write down; None for the memory budget.
+        chunk_size: Examples that go through the model at once; None derives it from the budget.
+        input_dims: Trailing dimensions of one example; None for all but the first. With it, leading dimensions are
+            batches of kernels.
+
+    Returns:
+        A ``LinearOperator`` of shape ``(*batch, n1, n2)``, in the dtype and on the device of the parameters.
+
+    Cost: a check on up to four examples (a few passes each way), and one look at all inputs for NaN.
+
+    Raises:
+        UnsupportedModuleError: The Jacobian would be random, coupled between examples, or does not exist.
+        NonFiniteError: A NaN or an infinity in inputs, parameters, outputs or gradients.
+        ShapeError: Inputs or outputs whose first dimension is not the examples, or inputs on another device.
+        ArgumentError: No such parameter, output, engine or budget.
+
+    Source: Jacot, Gabriel, Hongler, Neural Tangent Kernel (2018); row order and modes as in
+        Kopitkov and Indelman, arXiv 1910.08720, and Mohamadi et al., arXiv 2206.12543.
+    """
+    functional = _functional(model, params, output_fn)
+    probes = Probes.of(x1, input_dims=input_dims)
+    others = None if x2 is None else Probes.of(x2, input_dims=probes.input_dims if input_dims is None else input_dims)
+    for each in (probes, others):
+        if each is not None:
+            _check_inputs(each, functional)
+    flat = probes.inputs.reshape(-1, *probes.inputs.shape[probes.inputs.ndim - probes.input_dims :])
+    preflight = check(functional, flat[:_PREFLIGHT_EXAMPLES])
+    layout = OutputLayout(outputs, preflight.num_outputs)
+    budget = parse_budget(memory_budget, functional.device)
+    settings = EngineSettings(
+        engine=engine,
+        memory_budget=budget,
+        max_dense_bytes=budget if max_dense_bytes is None else max_dense_bytes,
+        chunk_size=chunk_size,
+    )
+    sides = [
+        None if each is None else Side(each.inputs, None, each.input_dims, layout.rows_per_example)
+        for each in (probes, others)
+    ]
+    return NTKLinearOperator.of(
+        functional, cast(Side, sides[0]), sides[1], layout=layout, preflight=preflight, settings=settings
+    )
+
+
+def _functional(model: Any, params: Any, output_fn: OutputFunction | None) -> FunctionalModel:
+    """Make a pure function of whatever the user calls a model."""
+    if isinstance(model, FunctionalModel):
+        if params is not None or output_fn is not None:
+            raise ArgumentError("a FunctionalModel has its own params and output_fn; give them when you make it.")
+        return model
+    if isinstance(model, nn.Module):
+        if isinstance(params, Mapping):
+            raise ArgumentError("params chooses among a module's parameters by name; a mapping serves plain functions.")
+        return FunctionalModel.from_module(model, params=params, output_fn=output_fn)
+    if not callable(model):
+        raise ArgumentError(f"model must be a module or a function f(params, x), not {type(model).__name__}.")
+    if not isinstance(params, Mapping):
+        raise ArgumentError("a plain function f(params, x) needs params={'name': tensor, ...}.")
+    return FunctionalModel.from_function(model, params, output_fn=output_fn)
+
+
+def _check_inputs(probes: Probes, model: FunctionalModel) -> None:
+    if probes.inputs.numel() == 0 or probes.num_examples == 0:
+        raise ShapeError(f"inputs of shape {tuple(probes.inputs.shape)} hold no example.")
+    if probes.inputs.device != model.device:
+        raise ShapeError(
+            f"inputs are on {probes.inputs.device} and the model is on {model.device}; move one of them with .to()."
+        )
+    if probes.inputs.dtype in (torch.complex64, torch.complex128):
+        raise ShapeError("inputs are complex; split them into real and imaginary parts.")
+    probes.check_finite()
