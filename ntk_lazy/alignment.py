@@ -6,10 +6,13 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from ntk_lazy.columns import HasVectors, as_directions, check_orthonormal, span_of
+from ntk_lazy.columns import Eigenpairs, HasVectors, as_directions, check_orthonormal, span_of
 from ntk_lazy.errors import ArgumentError, DegenerateError, ShapeError
+from ntk_lazy.estimate import Deflation, Estimate, frobenius_norm, jackknife_error, sample_products
+from ntk_lazy.estimate import trace as exact_trace
 from ntk_lazy.linalg import gram
 from ntk_lazy.linalg.gram import row_tiles
+from ntk_lazy.products import Operator, quadratic_form, rows_of
 from ntk_lazy.rows import Rows
 
 # A cumulative energy above 1 by this much is rounding in float32 vectors; more says that they are not orthonormal.
@@ -57,6 +60,143 @@ def relative_energy(pairs: HasVectors | Tensor, phi: Float[Tensor, "*shape"]) ->
             "orthonormal. Take them from eigsh."
         )
     return energy.clamp(max=1.0)
+
+
+def kernel_target_alignment(
+    K: Operator,
+    y: Float[Tensor, "*shape"],
+    *,
+    pairs: Eigenpairs | None = None,
+    frobenius: Estimate | None = None,
+    num_samples: int = 16,
+    seed: int = 0,
+) -> Estimate:
+    """Measure the cosine between a kernel and the Gram matrix of the targets.
+
+    Not centred. It moves with the leading eigenvector alone when that dominates, and may fall while
+    ``relative_energy`` over the leading twenty rises.
+
+    Args:
+        K: Symmetric and positive semi-definite.
+        y: ``(n,)`` or ``(N, C)`` with ``n = N C`` in the order ``i * C + c``: one vector; or ``(n, c)``: c of them.
+        pairs: Eigenpairs of K, which make the norm of K cheaper and its error smaller.
+        frobenius: ``‖K‖_F`` if it is known.
+        num_samples: Random vectors spent on ``‖K‖_F``.
+        seed: Of the random vectors.
+
+    Returns:
+        ``⟨K, YYᵀ⟩_F / (‖K‖_F ‖YYᵀ‖_F)``, in [0, 1] up to the standard error; for one vector
+        ``yᵀ K y / (‖K‖_F ‖y‖²)``.
+
+    Cost: c half products (products where K has no halves), and those of ``frobenius_norm``.
+
+    Raises:
+        ShapeError: y does not fit the rows.
+        NonFiniteError: y or a product is not finite.
+        DegenerateError: y or K is zero.
+
+    Source: Cristianini et al., On kernel-target alignment (NIPS 2001), Definition 1.
+    """
+    rows = rows_of(K, name="K")
+    Y = as_directions(y, rows.local, name="y")
+    norm = frobenius_norm(K, pairs=pairs, num_samples=num_samples, seed=seed) if frobenius is None else frobenius
+    if not norm.value > 0:
+        raise DegenerateError("the kernel is zero, so that it has no angle with the targets.")
+    value = quadratic_form(K, Y, rows).trace().item() / norm.value / gram(Y, rows=rows).norm().item()
+    spent = Y.shape[1] + (norm.num_products if frobenius is None else 0)
+    return Estimate(value=value, standard_error=abs(value) * norm.relative_error, num_products=spent)
+
+
+def spectral_position(K: Operator, g: Float[Tensor, "*shape"], *, trace: Estimate | None = None) -> Estimate:
+    """Measure how high in the spectrum a loss gradient lies: the eigenvalue it sees, relative to the sum of all.
+
+    The squared norm of the parameter gradient is a product: ``‖∂L/∂θ‖² = ‖g‖² · tr K · χ_pos``.
+
+    Args:
+        K: Symmetric and positive semi-definite; for the identity above, ``outputs="full"``.
+        g: ``∂L/∂f`` at any scale, ``(n,)``, ``(N, C)`` or ``(n, c)``; for squared errors, the residual.
+        trace: tr K if it is known; otherwise it comes from the diagonal.
+
+    Returns:
+        ``χ_pos = gᵀ K g / (‖g‖² tr K)``, in [0, 1]: ``λ_1 / tr K`` at most, ``1/n`` for a random g.
+
+    Cost: one half product for each column of g, and the diagonal.
+
+    Raises:
+        ShapeError: g does not fit the rows.
+        NonFiniteError: g or a product is not finite.
+        DegenerateError: g or the trace is zero.
+
+    Source: Spectral Reach (arXiv 2605.31244).
+    """
+    rows = rows_of(K, name="K")
+    direction = as_directions(g, rows.local, name="g")
+    total = exact_trace(K) if trace is None else trace
+    if not total.value > 0:
+        raise DegenerateError(f"the trace of the kernel is {total.value}, so that no position in it is defined.")
+    squared_norm = gram(direction, rows=rows).trace().item()
+    value = quadratic_form(K, direction, rows).trace().item() / squared_norm / total.value
+    spent = direction.shape[1] + (total.num_products if trace is None else 0)
+    return Estimate(value=value, standard_error=abs(value) * total.relative_error, num_products=spent)
+
+
+def kernel_distance(
+    K1: Operator,
+    K2: Operator,
+    *,
+    pairs: tuple[Eigenpairs, Eigenpairs] | None = None,
+    num_leading: int = 16,
+    num_samples: int = 16,
+    seed: int = 0,
+) -> Estimate:
+    """Measure how far one kernel has turned from another, whatever the scale of either.
+
+    Both are multiplied with the same vectors, so that the distance of a kernel to itself is 0 and the error of a
+    small distance is small relative to it.
+
+    Args:
+        K1: Symmetric.
+        K2: Symmetric, on the same rows.
+        pairs: Eigenpairs of both; the leading ones span the subspace that is multiplied exactly. Without them a
+            block of random products finds it.
+        num_leading: Leading vectors of each kernel.
+        num_samples: Random vectors spent on the rest.
+        seed: Of the random vectors.
+
+    Returns:
+        ``1 − ⟨K1, K2⟩_F / (‖K1‖_F ‖K2‖_F)``: 0 for multiples of each other, 1 for kernels with nothing in common.
+
+    Cost: for each kernel ``2 num_leading + num_samples`` products, and ``num_leading`` more without pairs; at most n
+        products, and then the distance is exact.
+
+    Raises:
+        ShapeError: The kernels have different rows.
+        NonFiniteError: A product is not finite.
+        DegenerateError: A kernel is zero.
+
+    Source: Fort et al., Deep learning versus kernel learning (NeurIPS 2020), kernel distance.
+    """
+    sampled = sample_products(
+        [K1, K2],
+        pairs=pairs,
+        deflation=Deflation(num_leading=num_leading, num_samples=num_samples),
+        seed=seed,
+    )
+    m = len(sampled.samples)
+    total = sampled.exact + (sampled.samples.mean(0) if m else 0)
+    if not total.diagonal().min() > 0:
+        raise DegenerateError("a kernel is zero, so that it has no angle with the other.")
+    value, error = _cosine_distance(total).item(), 0.0
+    if m:
+        others = sampled.exact + (sampled.samples.sum(0) - sampled.samples) / (m - 1)
+        error = jackknife_error(_cosine_distance(others))
+    return Estimate(value=value, standard_error=error, num_products=sampled.num_products)
+
+
+def _cosine_distance(products: Float64[Tensor, "*m 2 2"]) -> Float64[Tensor, "*m"]:
+    """Return 1 − cos from the inner products of two things."""
+    norms = products.diagonal(dim1=-2, dim2=-1).sqrt()
+    return 1 - products[..., 0, 1] / norms.prod(-1)
 
 
 def principal_angles(U: HasVectors | Tensor, V: HasVectors | Tensor) -> Float64[Tensor, " j"]:
