@@ -9,8 +9,9 @@ from __future__ import annotations
 import difflib
 import fnmatch
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Self, TypeAlias, final
+from typing import Any, Self, TypeAlias, TypeVar, final
 
 import torch
 from jaxtyping import Float
@@ -19,9 +20,10 @@ from torch.func import functional_call  # noqa: TID251  (a call, not a transform
 
 from ntk_lazy.errors import ArgumentError, ShapeError, UnsupportedModuleError
 
-ParameterChoice: TypeAlias = None | str | Sequence[str] | Callable[[str, Tensor], bool]
+ParameterChoice: TypeAlias = str | Sequence[str] | Callable[[str, Tensor], bool] | None
 OutputFunction: TypeAlias = Callable[[Any], Tensor]
 ParameterFunction: TypeAlias = Callable[[dict[str, Tensor], Tensor], Any]
+Result = TypeVar("Result")
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -60,14 +62,36 @@ class ModelCall:
         """The user's module, to be named in messages; None for a plain function."""
         return self._module
 
-    def raw(self, tensors: dict[str, Tensor], x: Tensor) -> Any:
-        """Return what the model returns, after ``output_fn``."""
-        if self._module is not None:
-            returned = functional_call(self._module, tensors, (x,), tie_weights=True)
-        else:
+    def raw(self, tensors: dict[str, Tensor], x: Tensor, then: Callable[[Any], Any] | None = None) -> Any:
+        """Return what the model returns, after ``output_fn``; and after ``then``, while it still holds the tensors.
+
+        Activation checkpointing runs a part of the module again in the backward pass: a backward pass that takes
+        place in ``then`` finds the tensors there that the forward pass had, not the module's own.
+        """
+
+        def finish(returned: Any) -> Any:
+            output = returned if self._output_fn is None else self._output_fn(returned)
+            return output if then is None else then(output)
+
+        if self._module is None:
             assert self._function is not None
-            returned = self._function(tensors, x)
-        return returned if self._output_fn is None else self._output_fn(returned)
+            return finish(self._function(tensors, x))
+        if then is None:
+            return finish(functional_call(self._module, tensors, (x,), tie_weights=True))
+        held = {f"module.{name}": tensor for name, tensor in tensors.items()}
+        return functional_call(_Holding(self._module), held, (x, finish), tie_weights=True)
+
+
+@final
+class _Holding(nn.Module):
+    """A module followed by a function of what it returns."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor, finish: Callable[[Any], Any]) -> Any:
+        return finish(self.module(x))
 
 
 @final
@@ -81,6 +105,8 @@ class FunctionalModel:
         constants: All other parameters, and the buffers (detached).
         has_private_buffers: Whether each call gets copies of the buffers. Switch it off only for a model
             that is known not to write to them.
+        keeps_generators: Whether the random number generators are put back after each call, for a model that draws
+            numbers which do not reach its output.
     """
 
     call: ModelCall
@@ -88,6 +114,7 @@ class FunctionalModel:
     constants: dict[str, Tensor]
     buffer_names: frozenset[str] = frozenset()
     has_private_buffers: bool = True
+    keeps_generators: bool = False
 
     @classmethod
     def from_module(
@@ -156,28 +183,47 @@ class FunctionalModel:
 
     def __call__(self, params: dict[str, Tensor], x: Tensor) -> Float[Tensor, "examples outputs"]:
         """Evaluate the model at ``params`` on examples ``x`` of shape ``(b, ...)``."""
-        constants = self.constants
-        if self.has_private_buffers and self.buffer_names:
-            constants = {n: t.clone() if n in self.buffer_names else t for n, t in constants.items()}
-        output = self.call.raw({**params, **constants}, as_ieee(x))
-        if not isinstance(output, Tensor):
-            raise UnsupportedModuleError(
-                f"the model returned {type(output).__name__}, not a tensor. Pass output_fn, which is applied to what "
-                "it returns, for example output_fn=lambda out: out['logits']."
+        with self._generators():
+            return _flat_output(self.call.raw(self._tensors(params), as_ieee(x)), x.shape[0])
+
+    def evaluate(self, params: dict[str, Tensor], x: Tensor, then: Callable[[Tensor], Result]) -> Result:
+        """Evaluate the model, and return ``then(outputs)``, computed while the module still holds ``params``."""
+        with self._generators():
+            result: Result = self.call.raw(
+                self._tensors(params), as_ieee(x), lambda output: then(_flat_output(output, x.shape[0]))
             )
-        if output.ndim == 0 or output.shape[0] != x.shape[0]:
-            raise ShapeError(
-                f"the model returned shape {tuple(output.shape)} for {x.shape[0]} examples; its first dimension must be "
-                "the examples. Pass output_fn to bring it there."
-            )
-        return output.flatten(1) if output.ndim > 1 else output.unsqueeze(1)
+        return result
+
+    def _tensors(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
+        if not (self.has_private_buffers and self.buffer_names):
+            return params | self.constants
+        return params | {n: t.clone() if n in self.buffer_names else t for n, t in self.constants.items()}
+
+    def _generators(self) -> AbstractContextManager[None]:
+        if not self.keeps_generators:
+            return nullcontext()
+        return torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else [])
+
+
+def _flat_output(output: Any, num_examples: int) -> Tensor:
+    if not isinstance(output, Tensor):
+        raise UnsupportedModuleError(
+            f"the model returned {type(output).__name__}, not a tensor. Pass output_fn, which is applied to what "
+            "it returns, for example output_fn=lambda out: out['logits']."
+        )
+    if output.ndim == 0 or output.shape[0] != num_examples:
+        raise ShapeError(
+            f"the model returned shape {tuple(output.shape)} for {num_examples} examples; its first dimension must be "
+            "the examples. Pass output_fn to bring it there."
+        )
+    return output.flatten(1) if output.ndim > 1 else output.unsqueeze(1)
 
 
 def _refuse_uninitialised(named: Mapping[str, Tensor]) -> None:
     for name, parameter in named.items():
         if nn.parameter.is_lazy(parameter):
             raise UnsupportedModuleError(
-                f"parameter {name!r} has no shape yet. Call the module once on an example before its kernel is asked for."
+                f"parameter {name!r} has no shape yet. Call the module once on an example before you ask for its kernel."
             )
 
 

@@ -31,7 +31,8 @@ class AutodiffEngine(Engine):
     def __init__(
         self, model: FunctionalModel, layout: OutputLayout, *, preflight: Preflight, budget: int, chunk_size: int | None
     ) -> None:
-        super().__init__(replace(model, has_private_buffers=preflight.writes_buffers), layout)
+        model = replace(model, has_private_buffers=preflight.writes_buffers, keeps_generators=preflight.draws_numbers)
+        super().__init__(model, layout)
         self.preflight = preflight
         self.flat = FlatLayout.of(model.params)
         self.rule = ChunkRule(
@@ -182,10 +183,10 @@ class AutodiffEngine(Engine):
     def _rows_vmapped(self, x: Tensor, cotangents: Tensor) -> Tensor:
         def one(example: Tensor) -> Tensor:
             transpose = vjp(lambda params: self.model(params, example.unsqueeze(0))[0], self.model.params)[1]
-            pulled = vmap(transpose)(cotangents)[0]
+            pulled = vmap(transpose, randomness="same")(cotangents)[0]
             return torch.cat([g.flatten(1) for g in pulled.values()], 1)
 
-        return vmap(one)(x)
+        return vmap(one, randomness="same")(x)
 
     def _rows_of_one(self, x: Tensor, cotangents: Tensor) -> Tensor:
         pulled = self._linearise(x).pull(cotangents.unsqueeze(1))

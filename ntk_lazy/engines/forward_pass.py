@@ -77,8 +77,8 @@ class ForwardPass:
         random = suspects.random_modules(self.calls)
         if random:
             raise UnsupportedModuleError(
-                f"{named(random)} draws random numbers because it is in train mode, so that no two products would be "
-                "with the same kernel. Call model.eval() first."
+                f"random numbers are drawn in train mode by {named(random)}, so that no two products would be with the "
+                "same kernel. Call model.eval() first."
             )
         trials = _TRIALS_OF_RANDOM_MODELS if self.draws_numbers else 1
         if not any(differs(self.copy(self.copy.params, self.x), self.output) for _ in range(trials)):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TypeAlias, final
+from collections.abc import Callable
+from typing import TypeAlias, TypeVar, final
 
 import torch
 from jaxtyping import Float
@@ -15,6 +16,7 @@ from ntk_lazy.model import FunctionalModel
 
 Cotangents: TypeAlias = Float[Tensor, "columns examples outputs"]
 Tangents: TypeAlias = dict[str, Tensor]
+Result = TypeVar("Result")
 
 
 class Linearisation(ABC):
@@ -45,7 +47,7 @@ class ForwardOverReverse(Linearisation):
         transpose = vjp(self._outputs, self.model.params)[1]
         if U.shape[0] == 1:
             return {name: g.unsqueeze(0) for name, g in transpose(U[0])[0].items()}
-        pulled: Tangents = vmap(transpose)(U)[0]
+        pulled: Tangents = vmap(transpose, randomness="same")(U)[0]
         return pulled
 
     @override
@@ -54,9 +56,9 @@ class ForwardOverReverse(Linearisation):
             pushed: Tensor = jvp(self._outputs, (self.model.params,), (tangent,))[1]
             return pushed
 
-        if next(iter(W.values())).shape[0] == 1:
+        if _num_columns(W) == 1:
             return one({name: w[0] for name, w in W.items()}).unsqueeze(0)
-        return vmap(one)(W)
+        return vmap(one, randomness="same")(W)
 
 
 @final
@@ -69,49 +71,73 @@ class DoubleReverse(Linearisation):
 
     @override
     def pull(self, U: Cotangents) -> Tangents:
-        leaves, output = self._forward()
-        columns = [
-            torch.autograd.grad(
-                output, leaves, u, retain_graph=True, allow_unused=True, create_graph=torch.is_grad_enabled()
-            )
-            for u in U
-        ]
-        return {
-            name: torch.stack([torch.zeros_like(p) if g is None else g for g in grads])
-            for (name, p), grads in zip(self.model.params.items(), zip(*columns, strict=True), strict=True)
-        }
+        leaves = self._leaves()
 
-    @override
-    def push(self, W: Tangents) -> Cotangents:
-        leaves, output = self._forward()
-        names = list(self.model.params)
-        with torch.enable_grad():
-            u = torch.zeros_like(output, requires_grad=True)
-            pulled = torch.autograd.grad(output, leaves, u, create_graph=True, allow_unused=True)
-        used = [(name, g) for name, g in zip(names, pulled, strict=True) if g is not None and g.requires_grad]
-        columns = []
-        for column in range(next(iter(W.values())).shape[0]):
-            (pushed,) = (
+        def columns(output: Tensor) -> list[tuple[Tensor | None, ...]]:
+            return [
                 torch.autograd.grad(
-                    [g for _, g in used],
+                    output,
+                    list(leaves.values()),
                     u,
-                    [W[name][column] for name, _ in used],
                     retain_graph=True,
                     allow_unused=True,
                     create_graph=torch.is_grad_enabled(),
                 )
-                if used
-                else (None,)
-            )
-            columns.append(torch.zeros_like(output) if pushed is None else pushed)
-        return torch.stack(columns)
+                for u in U
+            ]
 
-    def _forward(self) -> tuple[list[Tensor], Tensor]:
-        """Run the model with a graph; outside an outer graph the parameters are cut off from the user's."""
+        pulled = zip(*self._evaluate(leaves, columns), strict=True)
+        return {
+            name: torch.stack([torch.zeros_like(p) if g is None else g for g in grads])
+            for (name, p), grads in zip(self.model.params.items(), pulled, strict=True)
+        }
+
+    @override
+    def push(self, W: Tangents) -> Cotangents:
+        leaves = self._leaves()
+
+        def columns(output: Tensor) -> Tensor:
+            with torch.enable_grad():
+                u = torch.zeros_like(output, requires_grad=True)
+                pulled = torch.autograd.grad(output, list(leaves.values()), u, create_graph=True, allow_unused=True)
+            used = [(n, g) for n, g in zip(leaves, pulled, strict=True) if g is not None and g.requires_grad]
+            pushed = [self._column(used, u, {n: w[i] for n, w in W.items()}) for i in range(_num_columns(W))]
+            return torch.stack(pushed)
+
+        return self._evaluate(leaves, columns)
+
+    @staticmethod
+    def _column(pulled: list[tuple[str, Tensor]], u: Tensor, w: Tangents) -> Tensor:
+        if not pulled:
+            return torch.zeros_like(u)
+        (pushed,) = torch.autograd.grad(
+            [g for _, g in pulled],
+            u,
+            [w[name] for name, _ in pulled],
+            retain_graph=True,
+            allow_unused=True,
+            create_graph=torch.is_grad_enabled(),
+        )
+        return torch.zeros_like(u) if pushed is None else pushed
+
+    def _leaves(self) -> Tangents:
+        """The parameters, with a graph to hang on; outside an outer graph they are cut off from the user's."""
         params = self.model.params
         if torch.is_grad_enabled() and any(p.requires_grad for p in params.values()):
-            leaves = {n: p if p.requires_grad else p.detach().requires_grad_() for n, p in params.items()}
-        else:
-            leaves = {n: p.detach().requires_grad_() for n, p in params.items()}
+            return {n: p if p.requires_grad else p.detach().requires_grad_() for n, p in params.items()}
+        return {n: p.detach().requires_grad_() for n, p in params.items()}
+
+    def _evaluate(self, leaves: Tangents, then: Callable[[Tensor], Result]) -> Result:
+        """Run the model with a graph, and ``then`` in the caller's grad mode while the module holds the leaves."""
+        is_enabled = torch.is_grad_enabled()
+
+        def in_callers_mode(output: Tensor) -> Result:
+            with torch.set_grad_enabled(is_enabled):
+                return then(output)
+
         with torch.enable_grad():
-            return list(leaves.values()), self.model(leaves, self.x)
+            return self.model.evaluate(leaves, self.x, in_callers_mode)
+
+
+def _num_columns(W: Tangents) -> int:
+    return next(iter(W.values())).shape[0]

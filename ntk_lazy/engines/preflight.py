@@ -49,7 +49,7 @@ def check(model: FunctionalModel, x: Tensor) -> Preflight:
     with _quiet(x) as caught:
         forward = ForwardPass.run(model, x)
         forward.check_determinism()
-        model = replace(model, has_private_buffers=forward.writes_buffers)
+        model = replace(model, has_private_buffers=forward.writes_buffers, keeps_generators=forward.draws_numbers)
         activation_bytes = _measure_activations(model, x)
         _refuse_known(forward)
         by_example = _check_independence(model, forward)
@@ -91,6 +91,7 @@ def _check_parameters(model: FunctionalModel) -> None:
 def _measure_activations(model: FunctionalModel, x: Tensor) -> int:
     """Count the bytes that a forward pass keeps for the backward pass, by example; each storage once."""
     leaves = {name: p.detach().requires_grad_() for name, p in model.params.items()}
+    model = replace(model, constants={name: t.detach() for name, t in model.constants.items()})
     owned = {t.untyped_storage().data_ptr() for t in (*leaves.values(), *model.constants.values(), x)}
     kept: dict[int, Tensor] = {}
 
@@ -198,7 +199,7 @@ def _check_gradient(gradient: Tangents, *, example: int) -> None:
 def _coupled(calls: list[Call], what: str) -> UnsupportedModuleError:
     time_first = suspects.time_first_modules(calls)
     if time_first:
-        cure = f"{named(time_first)} takes the first dimension for time: set batch_first=True."
+        cure = f"The first dimension is time to {named(time_first)}: set batch_first=True."
     else:
         cure = "Compute each example of dimension 0 by itself; where it squeezes, let it squeeze(-1)."
     return UnsupportedModuleError(f"{what}. {cure}")
@@ -253,7 +254,7 @@ def _disagreement(way: Linearisation, U: Tensor, W: Tangents, reference: Tangent
     if any(differs(pulled[name], g, scale=scale) for name, g in reference.items()):
         return "its gradient differs from that of plain autograd"
     left = torch.einsum("abc,dbc->ad", U.double(), pushed.double())
-    right = torch.stack([g.flatten(1).double() @ W[name].flatten(1).double().mT for name, g in pulled.items()]).sum(0)
+    right = torch.stack([_flat(g) @ _flat(W[name]).mT for name, g in pulled.items()]).sum(0)
     norms = U.double().flatten(1).norm(dim=1)[:, None] * pushed.double().flatten(1).norm(dim=1)
     is_adjoint = ((left - right).abs() <= EPS_FACTOR * torch.finfo(U.dtype).eps * norms).all()
     return "" if is_adjoint else "forward and reverse mode disagree"
@@ -265,7 +266,7 @@ def _vectorises(
     """Whether the gradients of single examples can be had by one vectorised call, at its full speed."""
 
     def gradient(example: Tensor, cotangent: Tensor) -> Tangents:
-        _, transpose = vjp(lambda params: model(params, example.unsqueeze(0))[0], model.params)
+        transpose = vjp(lambda params: model(params, example.unsqueeze(0))[0], model.params)[1]
         pulled: Tangents = transpose(cotangent)[0]
         return pulled
 
@@ -286,3 +287,7 @@ def _vectorises(
 
 def _cotangents(output: Tensor) -> Tensor:
     return noise((1, *output.shape), like=output, seed=1)
+
+
+def _flat(columns: Tensor) -> Tensor:
+    return columns.reshape(columns.shape[0], -1).double()

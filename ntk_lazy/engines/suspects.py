@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import override
 
 from ntk_lazy.engines.rounding import EPS_FACTOR, noise
+from ntk_lazy.model import as_ieee
 
 # What a transform of functions raises where it meets an operation that it has no rule for. The module has run
 # without the transform by then, so that none of these can be the user's own.
@@ -68,19 +69,21 @@ class EmbeddingWatch(TorchDispatchMode):
     """
 
     def __init__(self, fixed: Iterable[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._fixed = {tensor.untyped_storage().data_ptr() for tensor in fixed}
         self.has_padding = self.has_frequencies = self.is_sparse = False
 
     @override
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is torch.ops.aten.embedding.default and args[0].untyped_storage().data_ptr() not in self._fixed:
-            padding_idx, by_frequency, sparse = (*args[2:], *(-1, False, False)[len(args) - 2 :])
-            self.has_padding |= padding_idx >= 0
-            self.has_frequencies |= by_frequency
-            self.is_sparse |= sparse
+            options = dict(zip(("padding_idx", "scale_grad_by_freq", "sparse"), args[2:], strict=False)) | (
+                kwargs or {}
+            )
+            self.has_padding |= options.get("padding_idx", -1) >= 0
+            self.has_frequencies |= options.get("scale_grad_by_freq", False)
+            self.is_sparse |= options.get("sparse", False)
         return func(*args, **(kwargs or {}))
 
 
@@ -111,7 +114,9 @@ def time_first_modules(calls: list[Call]) -> list[Call]:
 
 def embedding_modules(calls: list[Call], option: str) -> list[Call]:
     """List the embeddings that were built with an option."""
-    return [c for c in _distinct(calls) if getattr(c.module, option, None) not in (None, False)]
+    # A padding_idx of 0 is set, although it equals False.
+    values = [(call, getattr(call.module, option, None)) for call in _distinct(calls)]
+    return [call for call, value in values if value is not None and value is not False]
 
 
 def owners_of(calls: list[Call], tensors: list[str]) -> list[Call]:
@@ -166,20 +171,20 @@ def _is_random(module: nn.Module) -> bool:
 def _try_forward_mode(call: Call) -> str | None:
     """Differentiate one module alone, in both modes, and say what went wrong."""
     places = [i for i, arg in enumerate(call.args) if isinstance(arg, Tensor) and arg.is_floating_point()]
-    params = {name: p.detach() for name, p in call.module.named_parameters() if p.is_floating_point()}
+    params = {name: as_ieee(p.detach()) for name, p in call.module.named_parameters() if p.is_floating_point()}
     primals = (params, {str(i): call.args[i].detach().clone() for i in places})
     if not params and not places:
         return None
 
     def outputs(params: dict[str, Tensor], inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
         args = tuple(inputs[str(i)] if i in places else arg for i, arg in enumerate(call.args))
-        buffers = {name: b.detach().clone() for name, b in call.module.named_buffers()}
+        buffers = {name: as_ieee(b.detach().clone()) for name, b in call.module.named_buffers()}
         returned = functional_call(call.module, {**params, **buffers}, args, call.kwargs)
         return tuple(_floating_tensors(returned))
 
     tangents = tuple({n: noise(t.shape, like=t, seed=1) for n, t in group.items()} for group in primals)
     try:
-        values, pushed = jvp(outputs, primals, tangents)
+        values, pushed = jvp(outputs, primals, tangents)[:2]
         cotangents = tuple(noise(value.shape, like=value, seed=2) for value in values)
         pulled = vjp(outputs, *primals)[1](cotangents)
     except torch.OutOfMemoryError:

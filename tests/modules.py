@@ -1,0 +1,211 @@
+"""Small modules that are awkward to differentiate, to vectorise or to leave alone; the zoo houses them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+from torch.utils.checkpoint import checkpoint
+
+
+class Through(nn.Module):
+    """A module called through a function, for those that want more than one argument."""
+
+    def __init__(self, inner: nn.Module, call: Callable[[nn.Module, Tensor], Any]) -> None:
+        super().__init__()
+        self.inner = inner
+        self.call = call
+
+    def forward(self, x: Tensor) -> Any:
+        return self.call(self.inner, x)
+
+
+class TiedLinears(nn.Module):
+    """One weight tensor under two names: ``first.weight is second.weight``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+        self.second.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.second(self.first(x).tanh()).tanh())
+
+
+class SharedLayer(nn.Module):
+    """One layer object called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared, self.head = nn.Linear(4, 4), nn.Linear(4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.shared(self.shared(x).tanh()).tanh())
+
+
+class TiedHead(nn.Module):
+    """A token model whose head is its embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.mix = nn.Embedding(7, 4), nn.Linear(4, 4)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return F.linear(self.mix(self.embedding(tokens)).tanh(), self.embedding.weight)
+
+
+class BareParameters(nn.Module):
+    """Parameters outside any layer: a matrix laid out in columns, a vector and a scalar."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.columns = nn.Parameter(torch.randn(4, 5).mT)
+        self.offset = nn.Parameter(torch.randn(5))
+        self.scale = nn.Parameter(torch.tensor(0.7))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * (x @ self.columns.mT + self.offset).sin()[:, ::2]
+
+
+class FunctionalWeights(nn.Module):
+    """The weights of one network are the output of another: one set for each example."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maker = nn.Linear(4, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("ncd,nd->nc", self.maker(x).tanh().unflatten(1, (3, 4)), x)
+
+
+class WritesInPlace(nn.Module):
+    """An in-place ReLU, then columns of zeros are overwritten by index."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.relu(self.first(x), inplace=True)
+        placed = torch.zeros(x.shape[0], 6, dtype=x.dtype, device=x.device)
+        placed[:, [0, 2, 4]] = hidden[:, :3]
+        placed[:, 1] = hidden[:, 5]
+        return self.head(placed)
+
+
+class Checkpointed(nn.Module):
+    """A block whose activations are recomputed in the backward pass."""
+
+    def __init__(self, *, use_reentrant: bool, is_first: bool = False) -> None:
+        super().__init__()
+        self.first, self.block, self.head = nn.Linear(4, 4), nn.Linear(4, 6), nn.Linear(6, 3)
+        self.use_reentrant = use_reentrant
+        self.is_first = is_first
+
+    def forward(self, x: Tensor) -> Tensor:
+        def inner(hidden: Tensor) -> Tensor:
+            return self.block(hidden).tanh()
+
+        entering = x if self.is_first else self.first(x)
+        return self.head(checkpoint(inner, entering, use_reentrant=self.use_reentrant))
+
+
+class CausalAttention(nn.Module):
+    """Attention through the functional interface, with a causal mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project, self.head = nn.Linear(4, 12), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.project(x).chunk(3, -1)
+        return self.head(F.scaled_dot_product_attention(query, key, value, is_causal=True))
+
+
+class CountsCalls(nn.Module):
+    """Writes a buffer in every forward pass; the output does not depend on it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 3)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.inner(x).sin()
+
+
+class DriftsWithCalls(CountsCalls):
+    """Writes a buffer in every forward pass, and the output depends on it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.calls * self.inner(x)
+
+
+class DrawsNumbers(nn.Module):
+    """Consumes random numbers, which reach the output scaled by ``amplitude``."""
+
+    def __init__(self, amplitude: float) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 3)
+        self.amplitude = amplitude
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x).sin() + self.amplitude * torch.rand(3, dtype=x.dtype, device=x.device)
+
+
+class BranchesOnData(nn.Module):
+    """Python asks each example which of two layers it wants."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.low, self.high = nn.Linear(4, 2), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([self.high(row) if row.sum() > 0 else self.low(row) for row in x])
+
+
+class BranchesOnParameter(nn.Module):
+    """Python asks a parameter which way to go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.inner(x)
+        return hidden.tanh() if self.inner.weight.norm() > 1e-3 else hidden
+
+
+class Headed(nn.Module):
+    """A two-layer perceptron whose output goes through a function, and which may own unused parameters."""
+
+    def __init__(self, head: Callable[[Tensor], Any], *, num_outputs: int = 3, is_wasteful: bool = False) -> None:
+        super().__init__()
+        self.hidden, self.last = nn.Linear(4, 5), nn.Linear(5, num_outputs)
+        self.unused = nn.Linear(4, 2) if is_wasteful else None
+        self.head = head
+
+    def forward(self, x: Tensor) -> Any:
+        return self.head(self.last(self.hidden(x).tanh()))
+
+
+class GradientReversal(torch.autograd.Function):
+    """The identity whose gradient is minus one: autograd's Jacobian, not the function's."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return -gradient
+
+
+def reverse_gradient(x: Tensor) -> Tensor:
+    """Apply ``GradientReversal``."""
+    return GradientReversal.apply(x)
