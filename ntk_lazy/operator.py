@@ -14,8 +14,9 @@ from typing_extensions import override
 
 from ntk_lazy.bilinear import X1, X2, BilinearGradient
 from ntk_lazy.engines.contract import Engine, Preflight
-from ntk_lazy.entries import dense, entries, paired_entries
+from ntk_lazy.entries import dense, entries
 from ntk_lazy.errors import ArgumentError, BudgetError, ShapeError
+from ntk_lazy.functions import Dense, Entries
 from ntk_lazy.model import FunctionalModel, ModelCall
 from ntk_lazy.outputs import OutputLayout
 from ntk_lazy.plan import EngineSettings, Plan
@@ -68,7 +69,11 @@ class NTKLinearOperator(LinearOperator):
         self._model = FunctionalModel(
             call=call,
             params={n.removeprefix(_PARAM): t for n, t in tensors.items() if n.startswith(_PARAM)},
-            constants={n[2:]: t for n, t in tensors.items() if not n.startswith(_PARAM)},
+            constants={
+                n[2:]: t.detach() if n.startswith(_BUFFER) else t
+                for n, t in tensors.items()
+                if not n.startswith(_PARAM)
+            },
             buffer_names=frozenset(n.removeprefix(_BUFFER) for n in tensors if n.startswith(_BUFFER)),
         )
         self._engine: Engine = settings.build(self._model, layout, preflight)
@@ -243,6 +248,8 @@ class NTKLinearOperator(LinearOperator):
 
     @override
     def _matmul(self, rhs: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and (rhs.requires_grad or self.requires_grad):
+            return self.matmul(rhs)  # linear_operator's Function, which comes back here without a graph
         if rhs.ndim == 1:
             return self._matmul(rhs.unsqueeze(-1)).squeeze(-1)
         with torch.no_grad():
@@ -259,28 +266,33 @@ class NTKLinearOperator(LinearOperator):
 
     @override
     def _diagonal(self) -> Tensor:
-        everything = torch.arange(self.shape[-1], device=self.device)
-        diagonals = [
-            paired_entries(self._engine, side1, side2, everything, everything)
-            for _, side1, side2 in self._members(self.batch_shape)
-        ]
-        return self._scaled(torch.stack(diagonals).reshape(self.shape[:-1]))
+        every = (torch.arange(size, device=self.device) for size in (*self.batch_shape, self.shape[-1]))
+        *batch, rows = torch.meshgrid(*every, indexing="ij")
+        return self._get_indices(rows, rows, *batch)
 
     @override
     def _get_indices(self, row_index: Tensor, col_index: Tensor, *batch_indices: Tensor) -> Tensor:
-        row_index, col_index, *indices = torch.broadcast_tensors(row_index, col_index, *batch_indices)
-        rows, cols = row_index.reshape(-1), col_index.reshape(-1)
+        index = tuple(torch.broadcast_tensors(*batch_indices, row_index, col_index))
+        return cast(Tensor, Entries.apply(self.representation_tree(), index, *self.representation()))
+
+    def read_entries(self, *index: Tensor) -> Tensor:
+        """Compute entries at index tensors ``(*batch, row, column)`` of one shape, in the caller's grad mode."""
+        *batch, rows, cols = (i.reshape(-1) for i in index)
         found = torch.empty(0, dtype=self.dtype, device=self.device)
         places = rows.new_empty(0)
-        for index, side1, side2 in self._members(self.batch_shape):
-            # Without batch dimensions the comparison is over nothing, and every entry is wanted.
+        for member, side1, side2 in self._members(self.batch_shape):
+            # Without batch dimensions there is nothing to compare, and every entry is wanted.
             wanted = torch.ones_like(rows, dtype=torch.bool)
-            for position, where in zip(index, indices, strict=True):
-                wanted &= where.reshape(-1) == position
+            for position, where in zip(member, batch, strict=True):
+                wanted &= where == position
             if wanted.any():
                 part = entries(self._engine, side1, side2, rows[wanted], cols[wanted])
                 found, places = torch.cat([found, part]), torch.cat([places, wanted.nonzero().squeeze(1)])
-        return self._scaled(found[places.argsort()].reshape(row_index.shape))
+        return self._scaled(found[places.argsort()].reshape(index[0].shape))
+
+    def entry_chunks(self, count: int) -> list[slice]:
+        """Divide entries into chunks whose rows of J fit the budget."""
+        return self._engine.row_chunks(count)
 
     @override
     def _getitem(self, row_index: Any, col_index: Any, *batch_indices: Any) -> LinearOperator:
@@ -290,9 +302,8 @@ class NTKLinearOperator(LinearOperator):
             side1, side2 = side1.expand(self.batch_shape), side2.expand(self.batch_shape)
             side1, side2 = (side.with_x(side.x[tuple(batch_indices)]) for side in (side1, side2))
         side1 = side1 if _is_everything(row_index) else side1.select(row_index)
-        if symmetric:
-            return self._rebuild(side1, None)
-        return self._rebuild(side1, side2 if _is_everything(col_index) else side2.select(col_index))
+        side2 = side2 if _is_everything(col_index) else side2.select(col_index)
+        return self._rebuild(side1, None if symmetric or side1.is_same(side2) else side2)
 
     @override
     def _unsqueeze_batch(self, dim: int) -> LinearOperator:
@@ -316,7 +327,7 @@ class NTKLinearOperator(LinearOperator):
     @override
     def _bilinear_derivative(self, left_vecs: Tensor, right_vecs: Tensor) -> tuple[Tensor | None, ...]:
         names = [*("x1", "x2")[: len(self._args)], *self._differentiable_kwargs]
-        asked = {n for n, t in zip(names, self.representation(), strict=True) if t.requires_grad}
+        asked = {n for n, t in zip(names, self.representation(), strict=True) if t.requires_grad and n[:2] != _BUFFER}
         if not asked:
             return (None,) * len(names)
         if left_vecs.ndim == 1:
@@ -353,7 +364,7 @@ class NTKLinearOperator(LinearOperator):
             max_dense_bytes: Refuse a larger K; None means what was given to ``ntk``, by default its memory budget.
 
         Returns:
-            Shape ``(*batch, n1, n2)``. Differentiable, but then every tile stays in the graph.
+            Shape ``(*batch, n1, n2)``, differentiable; nothing is kept for the backward pass.
 
         Cost: ``2 n1 n2 P`` flops, half of that for a symmetric K, and the rows of J once for each tile.
 
@@ -369,6 +380,10 @@ class NTKLinearOperator(LinearOperator):
                 requested_bytes=size,
                 available_bytes=limit,
             )
+        return cast(Tensor, Dense.apply(self.representation_tree(), *self.representation()))
+
+    def write_down(self) -> Tensor:
+        """Compute all of K, in the caller's grad mode and without asking for its size."""
         members = [
             dense(self._engine, side1, side2, is_symmetric=self._is_symmetric)
             for _, side1, side2 in self._members(self.batch_shape)

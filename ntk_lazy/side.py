@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import final
+from typing import cast, final
 
 import torch
 from jaxtyping import Int64
@@ -70,6 +70,17 @@ class Side:
         count = examples.shape[0]
         is_whole = kept.shape[0] == count * r and bool((kept == torch.arange(count * r, device=kept.device)).all())
         return Side(self._take(examples), None if is_whole else kept, self.example_dims, r)
+
+    def is_same(self, other: Side) -> bool:
+        """Whether two sides are the same rows, so that ``K[i][:, i]`` is known to be symmetric.
+
+        Inputs that ask for gradients are kept apart: each side has a gradient of its own.
+        """
+        if self.x.requires_grad or other.x.requires_grad or self.x.shape != other.x.shape:
+            return False
+        if (self.selected is None) != (other.selected is None) or not torch.equal(self.x, other.x):
+            return False
+        return self.selected is None or torch.equal(self.selected, cast(Tensor, other.selected))
 
     def scatter(self, V: Block) -> Block:
         """Give the columns rows for all outputs of all examples; the transpose of ``gather``."""

@@ -1,0 +1,69 @@
+"""Autograd for what is read off K: backward passes that compute again, chunk by chunk, and keep no graph.
+
+Without these an entry of K would hold the graph of two rows of J, and a diagonal that of all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+from typing_extensions import override
+
+
+class Entries(torch.autograd.Function):
+    """Entries of K at index tensors ``(*batch, row, column)`` of one shape."""
+
+    @staticmethod
+    @override
+    def forward(ctx: Any, tree: Callable[..., Any], index: tuple[Tensor, ...], *tensors: Tensor) -> Tensor:
+        ctx.tree, ctx.index = tree, index
+        ctx.save_for_backward(*tensors)
+        return tree(*tensors).read_entries(*index)
+
+    @staticmethod
+    @override
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        tensors = _leaves(ctx)
+        operator = ctx.tree(*tensors)
+        asked = [t for t in tensors if t.requires_grad]
+        total: list[Tensor | None] = [None] * len(asked)
+        upstream = grads[0].reshape(-1)
+        flat = [i.reshape(-1) for i in ctx.index]
+        for chunk in operator.entry_chunks(upstream.shape[0]):
+            with torch.enable_grad():
+                weighted = (operator.read_entries(*(i[chunk] for i in flat)) * upstream[chunk]).sum()
+            parts = torch.autograd.grad(weighted, asked, allow_unused=True)
+            total = [p if t is None else t if p is None else t + p for t, p in zip(total, parts, strict=True)]
+        found = iter(total)
+        return (None, None, *(next(found) if t.requires_grad else None for t in tensors))
+
+
+class Dense(torch.autograd.Function):
+    """All of K; its gradient is that of ``sum_j g_jᵀ K e_j``."""
+
+    @staticmethod
+    @override
+    def forward(ctx: Any, tree: Callable[..., Any], *tensors: Tensor) -> Tensor:
+        ctx.tree = tree
+        ctx.save_for_backward(*tensors)
+        return tree(*tensors).write_down()
+
+    @staticmethod
+    @override
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        operator = ctx.tree(*ctx.saved_tensors)
+        (upstream,) = grads
+        eye = torch.eye(upstream.shape[-1], dtype=upstream.dtype, device=upstream.device)
+        return (None, *operator._bilinear_derivative(upstream, eye.expand(*upstream.shape[:-2], *eye.shape)))
+
+
+def _leaves(ctx: FunctionCtx) -> list[Tensor]:
+    """Cut the saved tensors off from the graph that they came from, so that only their own gradients are computed."""
+    return [
+        t.detach().requires_grad_(needed)
+        for t, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[2:], strict=True)  # type: ignore[attr-defined]
+    ]
