@@ -1,0 +1,153 @@
+"""Turn the pairs that a search ended with into vectors, values and residuals that can be trusted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+
+from ntk_lazy.eigen.contract import asymmetry_tolerance
+from ntk_lazy.eigen.criterion import Criterion
+from ntk_lazy.eigen.iteration import Iteration, RitzPairs
+from ntk_lazy.eigen.product import Product
+from ntk_lazy.eigen.random_columns import RandomColumns
+from ntk_lazy.errors import ArgumentError
+from ntk_lazy.linalg import column_norms, combine, gram, rayleigh_ritz
+from ntk_lazy.shapes import Block
+
+_AUDIT_COLUMNS = 8
+
+
+@dataclass(frozen=True)
+class CertifiedPairs:
+    """Pairs in units of the scale of the operator.
+
+    Attributes:
+        theta: ``(k,)``, descending.
+        X: ``(n, k)``, in the dtype of the operator.
+        residuals: ``(k,)``, honest ones.
+        noise: ``(k,)``, the measured part of a residual that no further product can remove.
+        is_measured: Whether a fresh product was spent; without one the residuals are those of the search.
+    """
+
+    theta: Float64[Tensor, " k"]
+    X: Block
+    residuals: Float64[Tensor, " k"]
+    noise: Float64[Tensor, " k"]
+    is_measured: bool
+
+
+def certify(
+    pairs: RitzPairs,
+    num_wanted: int,
+    *,
+    method: Iteration,
+    product: Product,
+    draw: RandomColumns,
+    criterion: Criterion,
+    fresh_width: int,
+) -> CertifiedPairs:
+    """Form the vectors, improve the values by half products, and measure the residuals.
+
+    The products of the search know ``A x`` for the exact combination of basis vectors. What is handed out is that
+    combination rounded to the dtype of the operator, and the rounding leaks onto the largest eigenvector.
+    Where few pairs are wanted (``k <= 4 fresh_width``), each is multiplied afresh. Where many are, fresh products
+    of eight random combinations of neighbouring pairs measure the difference between the two, and only pairs
+    for which it matters are multiplied one by one.
+
+    Cost: ``k`` products or ``8`` plus those that were in doubt; ``k`` half products where offered; ``k`` long
+        vectors and two blocks.
+    """
+    coefficients = pairs.coefficients[:, :num_wanted]
+    theta = pairs.theta[:num_wanted]
+    X = method.combine(coefficients)
+    G = product.half_gram(X)
+    if G is not None:
+        theta, S = _from_half_products(G, theta, X, product)
+        coefficients = coefficients @ S
+        X = method.combine(coefficients)
+    k = theta.numel()
+    residuals = _residuals_of_search(theta, coefficients, X, method, product)
+    noise = torch.zeros_like(residuals)
+    doubtful = torch.ones(k, dtype=torch.bool)
+    is_measured = False
+    if k > 4 * fresh_width:
+        if not product.affords(_AUDIT_COLUMNS):
+            return CertifiedPairs(theta, X, residuals, noise, is_measured)
+        floor = criterion.noise_floor * pairs.spread
+        noise = _audit(theta, coefficients, X, floor, method=method, product=product, draw=draw)
+        is_measured = True
+        residuals = torch.hypot(residuals, noise)
+        doubtful = ~criterion.met(theta, residuals, pairs.spread)
+    index = doubtful.nonzero().flatten()
+    width = max(1, fresh_width, _AUDIT_COLUMNS)
+    for begin in range(0, len(index), width):
+        chosen = index[begin : begin + width]
+        if not product.affords(len(chosen)):
+            break
+        x = combine(X, torch.eye(k, dtype=torch.float64)[:, chosen])
+        image = product(x)
+        known = method.combine_images(coefficients[:, chosen])
+        noise[chosen] = column_norms(image - known, rows=product.rows)
+        defect = image - x * theta[chosen].to(x.device, x.dtype)
+        residuals[chosen] = column_norms(defect, rows=product.rows)
+        is_measured = True
+    return CertifiedPairs(theta, X, residuals, noise, is_measured)
+
+
+def _from_half_products(G: Tensor, theta: Tensor, X: Block, product: Product) -> tuple[Tensor, Tensor]:
+    """Extract values from ``G = (Jᵀ X)ᵀ (Jᵀ X)``: not negative, and right to ``eps √(λ1/λ)``, not ``eps λ1/λ``."""
+    values, S = rayleigh_ritz(G, gram(X, rows=product.rows))
+    defect = float((values - theta).abs().max())
+    if defect > asymmetry_tolerance(X.dtype) * product.largest_norm:
+        raise ArgumentError(
+            f"half_gram and the products of the operator disagree by {defect / product.largest_norm:.1e} of its "
+            "norm: they belong to different matrices."
+        )
+    return values.clamp_min(0), S
+
+
+def _residuals_of_search(theta: Tensor, coefficients: Tensor, X: Block, method: Iteration, product: Product) -> Tensor:
+    """Form ``A X − X Λ`` from products already made, a block of columns at a time."""
+    norms = torch.empty_like(theta)
+    for begin in range(0, theta.numel(), 32):
+        part = slice(begin, begin + 32)
+        R = method.combine_images(coefficients[:, part])
+        R -= X[:, part] * theta[part].to(X.device, X.dtype)
+        norms[part] = column_norms(R, rows=product.rows)
+    return norms
+
+
+def _audit(
+    theta: Tensor,
+    coefficients: Tensor,
+    X: Block,
+    floor: float,
+    *,
+    method: Iteration,
+    product: Product,
+    draw: RandomColumns,
+) -> Tensor:
+    """Measure, group by group, how far fresh products are from those of the search, relative to the values.
+
+    Each column of the audit is a sum with random signs over pairs of similar size, each divided by its value, so
+    that the expected square of the difference is the sum of the relative squares of its members.
+    """
+    k = theta.numel()
+    size = theta.abs().clamp_min(max(floor, torch.finfo(torch.float64).tiny))
+    groups = torch.arange(k).tensor_split(min(k, _AUDIT_COLUMNS))
+    signs = draw.mixing(k, 1).sign().flatten()
+    S = torch.zeros(k, len(groups), dtype=torch.float64)
+    smallest = torch.empty(len(groups), dtype=torch.float64)
+    for column, members in enumerate(groups):
+        smallest[column] = size[members].min()
+        S[members, column] = signs[members] * smallest[column] / size[members]
+    U = combine(X, S)
+    fresh = product(U)
+    relative = column_norms(fresh - method.combine_images(coefficients @ S), rows=product.rows) / smallest
+    noise = torch.empty_like(theta)
+    for column, members in enumerate(groups):
+        noise[members] = relative[column] / len(members) ** 0.5 * size[members]
+    return noise

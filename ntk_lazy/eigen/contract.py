@@ -1,0 +1,215 @@
+"""What a solver may know about a matrix: its rows, its dtype, its device, and how it acts on a block."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, cast, runtime_checkable
+
+import torch
+from jaxtyping import Float64
+from linear_operator import LinearOperator
+from torch import Tensor
+
+from ntk_lazy.errors import ArgumentError, NonFiniteError, ShapeError
+from ntk_lazy.linalg.gram import row_tiles
+from ntk_lazy.rows import Rows
+from ntk_lazy.shapes import Block, SmallMatrix
+
+
+@runtime_checkable
+class SymmetricOperator(Protocol):
+    """A symmetric matrix that is known by its products alone."""
+
+    @property
+    def rows(self) -> Rows:
+        """The rows of a long vector that this process holds."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """float32 or float64."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where blocks live."""
+        ...
+
+    def matmul(self, V: Block) -> Block:
+        """Multiply the local rows of a block."""
+        ...
+
+
+@runtime_checkable
+class HalfGram(Protocol):
+    """An operator ``K = J Jᵀ`` that can form the Gram matrix of ``Jᵀ V``."""
+
+    def half_gram(self, V: Block) -> SmallMatrix:
+        """Form ``Vᵀ K V`` from the half product ``Jᵀ V``, summed in float64, on the CPU."""
+        ...
+
+
+@dataclass(frozen=True)
+class TensorOperator:
+    """A symmetric matrix that is there in full."""
+
+    matrix: Tensor
+
+    @property
+    def rows(self) -> Rows:
+        """All rows."""
+        return Rows(self.matrix.shape[0])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the matrix."""
+        return self.matrix.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the matrix."""
+        return self.matrix.device
+
+    def matmul(self, V: Block) -> Block:
+        """Multiply with a block."""
+        return self.matrix @ V
+
+
+@dataclass(frozen=True)
+class WrappedOperator:
+    """A square ``LinearOperator``; its products run without a graph."""
+
+    operator: LinearOperator
+
+    @property
+    def rows(self) -> Rows:
+        """The operator's own rows where it has them, else all."""
+        own = getattr(self.operator, "rows", None)
+        return own if isinstance(own, Rows) else Rows(self.operator.shape[-1])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the operator."""
+        return cast("torch.dtype", self.operator.dtype)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the operator."""
+        return torch.device(self.operator.device)
+
+    @property
+    def num_outputs(self) -> int:
+        """Rows that belong to one example: the multiplicity an eigenvalue is expected to come near."""
+        examples = getattr(self.operator, "num_examples", None)
+        if isinstance(examples, int) and examples > 0:
+            return max(1, int(self.operator.shape[-1]) // examples)
+        return 1
+
+    def matmul(self, V: Block) -> Block:
+        """Multiply with a block."""
+        with torch.no_grad():
+            return cast("Tensor", self.operator._matmul(V))
+
+
+@dataclass(frozen=True)
+class FactoredOperator:
+    """A ``LinearOperator`` that offers ``half_gram``, with what the wrapped one has."""
+
+    wrapped: WrappedOperator
+
+    @property
+    def rows(self) -> Rows:
+        """See ``WrappedOperator``."""
+        return self.wrapped.rows
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """See ``WrappedOperator``."""
+        return self.wrapped.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """See ``WrappedOperator``."""
+        return self.wrapped.device
+
+    @property
+    def num_outputs(self) -> int:
+        """See ``WrappedOperator``."""
+        return self.wrapped.num_outputs
+
+    def matmul(self, V: Block) -> Block:
+        """Multiply with a block."""
+        return self.wrapped.matmul(V)
+
+    def half_gram(self, V: Block) -> SmallMatrix:
+        """Form ``Vᵀ K V`` from the half product."""
+        with torch.no_grad():
+            return cast("Float64[Tensor, 'k k']", self.wrapped.operator.half_gram(V))
+
+
+def asymmetry_tolerance(dtype: torch.dtype) -> float:
+    """Say how far ``⟨u, Av⟩`` and ``⟨Au, v⟩`` may differ, relative to the largest: ``eps^0.7``.
+
+    Sums in an unlucky order lose one digit or two, 1e-5 in float32 and 1e-11 in float64 leave room for
+    that; a matrix that is meant to be symmetric and is not differs by more.
+    """
+    return float(torch.finfo(dtype).eps ** 0.7)
+
+
+def as_symmetric_operator(A: object) -> SymmetricOperator:
+    """Wrap a tensor or a ``LinearOperator``, or take an operator as it is; refuse what is not symmetric.
+
+    Raises:
+        ShapeError: Not square, batched, or neither float32 nor float64.
+        NonFiniteError: A tensor with NaN or infinity.
+        ArgumentError: A tensor that is not symmetric, or something that is not an operator.
+    """
+    operator: SymmetricOperator
+    if isinstance(A, Tensor):
+        _check_square(tuple(A.shape))
+        operator = TensorOperator(A.detach())
+    elif isinstance(A, LinearOperator):
+        _check_square(tuple(A.shape))
+        wrapped = WrappedOperator(A)
+        operator = FactoredOperator(wrapped) if callable(getattr(A, "half_gram", None)) else wrapped
+    elif isinstance(A, SymmetricOperator):
+        operator = A
+    else:
+        raise ArgumentError(
+            f"A is a {type(A).__name__}; eigsh needs a symmetric tensor, a LinearOperator, or an object with "
+            "rows, dtype, device and matmul."
+        )
+    if operator.dtype not in (torch.float32, torch.float64):
+        raise ShapeError(
+            f"A has dtype {operator.dtype}; eigenpairs are computed in float32 or float64. Convert A first."
+        )
+    if operator.rows.total == 0:
+        raise ShapeError("A has no rows, so it has no eigenvalues.")
+    if isinstance(operator, TensorOperator):
+        _check_entries(operator.matrix)
+    return operator
+
+
+def _check_square(shape: tuple[int, ...]) -> None:
+    """Refuse batches and rectangles."""
+    if len(shape) != 2 or shape[0] != shape[1]:
+        raise ShapeError(
+            f"A has shape {shape}; eigsh needs one square matrix. Solve the members of a batch one by one, "
+            "and use A.mT @ A for the singular values of a rectangle."
+        )
+
+
+def _check_entries(matrix: Tensor) -> None:
+    """Refuse a tensor that is not finite or not symmetric, tile by tile."""
+    largest = defect = 0.0
+    for tile in row_tiles(matrix.shape[0], matrix.shape[1]):
+        piece = matrix[tile]
+        if not bool(torch.isfinite(piece).all()):
+            raise NonFiniteError("A contains NaN or infinity.")
+        largest = max(largest, float(piece.abs().max()))
+        defect = max(defect, float((piece - matrix.mT[tile]).abs().max()))
+    if defect > asymmetry_tolerance(matrix.dtype) * largest:
+        raise ArgumentError(
+            f"A is not symmetric: entries differ from those of its transpose by {defect / largest:.1e} of the "
+            "largest. Pass (A + A.mT) / 2 if that is what you mean."
+        )

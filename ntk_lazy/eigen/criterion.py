@@ -1,0 +1,43 @@
+"""When a pair counts as found."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float64
+from torch import Tensor
+
+_FLOOR_IN_EPS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Criterion:
+    """``‖A x − theta x‖ <= rtol · |theta|``, for each pair by itself.
+
+    A value below ``noise_floor · ‖A‖`` is made of rounding, so that no test relative to it can be met; there
+    the residual must be below the noise floor too. This is what makes the null space of a rank-deficient
+    operator count as found, with values of rounding size.
+
+    Attributes:
+        rtol: Relative tolerance.
+        noise_floor: Size of rounding relative to ``‖A‖``.
+    """
+
+    rtol: float
+    noise_floor: float
+
+    def tolerances(self, theta: Float64[Tensor, " j"], spread: float) -> Float64[Tensor, " j"]:
+        """Largest residual that each pair may have."""
+        floor = self.noise_floor * spread
+        size = theta.abs()
+        return torch.where(size > floor, self.rtol * size, torch.full_like(size, floor))
+
+    def met(self, theta: Float64[Tensor, " j"], residuals: Float64[Tensor, " j"], spread: float) -> Bool[Tensor, " j"]:
+        """Say which pairs count as found."""
+        return residuals <= self.tolerances(theta, spread)
+
+
+def least_noise(dtype: torch.dtype) -> float:
+    """Noise that is assumed where less was measured: a sum in a lucky order measures none."""
+    return float(_FLOOR_IN_EPS * torch.finfo(dtype).eps)

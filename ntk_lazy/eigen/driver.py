@@ -1,0 +1,244 @@
+"""The one iteration loop: step, test, probe, certify."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import torch
+
+from ntk_lazy.eigen.bounds import error_bounds
+from ntk_lazy.eigen.certify import CertifiedPairs, certify
+from ntk_lazy.eigen.criterion import Criterion, least_noise
+from ntk_lazy.eigen.iteration import Iteration, RitzPairs
+from ntk_lazy.eigen.product import Product
+from ntk_lazy.eigen.progress import Callback, SolveState
+from ntk_lazy.eigen.random_columns import RandomColumns
+from ntk_lazy.eigen.result import Completeness, Cost, EigenResult, Status
+from ntk_lazy.eigen.verify import Verify, look_for_missed, make_probe
+from ntk_lazy.linalg.gram import TILE_BYTES
+
+_PATIENCE = 8  # steps without progress before residuals of rounding size count as all there is
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What is wanted, whatever the method.
+
+    Attributes:
+        num_wanted: Pairs.
+        rtol: Tolerance, relative to each value.
+        seed: Of all random columns.
+        verify: Which completeness probe follows.
+        fresh_width: Columns of a certifying product; pairs up to four times as many are all multiplied afresh.
+        method: The solver in words, options filled in.
+        callback: Told after every block call.
+    """
+
+    num_wanted: int
+    rtol: float
+    seed: int
+    verify: Verify
+    fresh_width: int
+    method: str
+    callback: Callback | None
+
+
+@dataclass
+class _Watch:
+    """Notices when residuals stop falling."""
+
+    best: float = float("inf")
+    idle_steps: int = 0
+
+    def sees_progress(self, worst: float) -> bool:
+        """Take the worst ratio of residual to tolerance; say whether to go on."""
+        if worst < 0.7 * self.best:
+            self.best, self.idle_steps = worst, 0
+        else:
+            self.idle_steps += 1
+        return self.idle_steps < _PATIENCE
+
+
+@dataclass
+class Search:
+    """One solve: a method, the operator it multiplies with, and what has been learnt so far."""
+
+    task: Task
+    product: Product
+    method: Iteration
+    draw: RandomColumns
+    began: float = field(default_factory=time.perf_counter)
+    peak_bytes: int = 0
+    completeness: Completeness = field(default_factory=lambda: Completeness(method="none"))
+    probe_columns: int = 0
+
+    @property
+    def criterion(self) -> Criterion:
+        """The test that pairs must pass, with the noise measured so far."""
+        floor = max(least_noise(self.draw.dtype), self.product.noise)
+        return Criterion(rtol=self.task.rtol, noise_floor=floor)
+
+    def run(self) -> EigenResult:
+        """Iterate until the set is complete, the products are spent, or only rounding is left.
+
+        Cost: the products of the method, those of the probe and those of ``certify``; beside the method's own
+            vectors, three blocks of the width of a call and two tiles of float64.
+        """
+        pairs: RitzPairs | None = None
+        watch = _Watch()
+        status: Status
+        while True:
+            if not self.product.affords(self.method.next_width):
+                status = "max_products"
+                break
+            self._note_bytes(3 * self.method.next_width)
+            pairs = self.method.step()
+            self.product.check_symmetry(pairs.asymmetry)
+            worst = self._worst_ratio(pairs)
+            self._tell(pairs)
+            if worst <= 1:
+                if self._is_complete(pairs):
+                    status = "converged"
+                    break
+                if not self.product.affords(self.method.next_width):
+                    status = "max_products"
+                    break
+                watch = _Watch()
+            elif self.method.is_exhaustive or (not watch.sees_progress(worst) and self._is_rounding(pairs)):
+                status = "noise_floor"
+                break
+        search_columns = self.product.num_columns - self.probe_columns
+        return self._conclude(pairs, status, search_columns)
+
+    def _worst_ratio(self, pairs: RitzPairs) -> float:
+        """Largest residual over its tolerance among the wanted pairs; infinite while there are fewer."""
+        k = self.task.num_wanted
+        if pairs.theta.numel() < k:
+            return float("inf")
+        residuals, theta = pairs.residuals[:k], pairs.theta[:k]
+        allowed = self.criterion.tolerances(theta, pairs.spread)
+        if bool((residuals <= allowed).all()):
+            return 0.0
+        return float((residuals / allowed.clamp_min(torch.finfo(torch.float64).tiny)).max())
+
+    def _is_rounding(self, pairs: RitzPairs) -> bool:
+        """Whether every residual that is too large is of the size of rounding."""
+        k = self.task.num_wanted
+        return pairs.theta.numel() >= k and bool(
+            (pairs.residuals[:k] <= self.criterion.noise_floor * pairs.spread).all()
+        )
+
+    def _is_complete(self, pairs: RitzPairs) -> bool:
+        """Probe for missed eigenvalues; whatever is found joins the space."""
+        task = self.task
+        if self.method.is_exhaustive:
+            self.completeness = Completeness(method="exhaustive")
+            return True
+        if task.verify is False:
+            return True
+        probe = make_probe(task.verify, self.product.rows.total)
+        if not self.product.affords(probe.total_columns):
+            return False
+        X = self.method.combine(pairs.coefficients[:, : task.num_wanted])
+        self._note_bytes(X.shape[1] + 3 * probe.total_columns)
+        last = float(pairs.theta[task.num_wanted - 1])
+        noise = float(torch.finfo(X.dtype).eps) * pairs.spread
+        verdict = look_for_missed(X, last, noise, probe=probe, product=self.product, draw=self.draw)
+        self.probe_columns += verdict.completeness.columns
+        self.completeness = verdict.completeness
+        if verdict.missed is None:
+            return True
+        self.method.inject(verdict.missed)
+        return False
+
+    def _conclude(self, pairs: RitzPairs | None, status: Status, search_columns: int) -> EigenResult:
+        """Certify what there is and write the result."""
+        task = self.task
+        if pairs is None:
+            found = self._nothing()
+            spread, following = 0.0, float("inf")
+        else:
+            k = min(task.num_wanted, pairs.theta.numel())
+            self._note_bytes(2 * k + 3 * max(task.fresh_width, 32))
+            found = certify(
+                pairs,
+                task.num_wanted,
+                method=self.method,
+                product=self.product,
+                draw=self.draw,
+                criterion=self.criterion,
+                fresh_width=task.fresh_width,
+            )
+            spread = pairs.spread
+            following = self._next_value(pairs, k)
+        converged = self.criterion.met(found.theta, found.residuals, spread)
+        if status == "converged" and not bool(converged.all()):
+            status = "noise_floor" if found.is_measured else "max_products"
+        scale = self.product.scale
+        noise = float(found.noise.max()) if found.noise.numel() else 0.0
+        return EigenResult(
+            values=found.theta * scale,
+            vectors=found.X,
+            residual_norms=found.residuals * scale,
+            converged=converged,
+            status=status,
+            noise_floor=self.criterion.noise_floor,
+            completeness=self.completeness,
+            bounds=error_bounds(
+                found.theta * scale,
+                found.residuals * scale,
+                next_value=following * scale,
+                noise=noise * scale,
+            ),
+            cost=Cost(
+                block_calls=self.product.num_calls,
+                columns=self.product.num_columns,
+                search_columns=search_columns,
+                half_columns=self.product.num_half_columns,
+                seconds=time.perf_counter() - self.began,
+                peak_bytes=self.peak_bytes,
+            ),
+            method=task.method,
+            rtol=task.rtol,
+            seed=task.seed,
+        )
+
+    def _next_value(self, pairs: RitzPairs, k: int) -> float:
+        """Bound the first eigenvalue that is not wanted."""
+        if k == self.product.rows.total:
+            return float("-inf")
+        if pairs.theta.numel() <= k:
+            return float("inf")
+        return float(pairs.theta[k] + pairs.residuals[k])
+
+    def _nothing(self) -> CertifiedPairs:
+        """No pairs at all."""
+        none = torch.zeros(0, dtype=torch.float64)
+        X = torch.empty(self.product.rows.local, 0, dtype=self.draw.dtype, device=self.draw.device)
+        return CertifiedPairs(none, X, none, none, False)
+
+    def _note_bytes(self, num_vectors: int) -> None:
+        """Record what is held at this moment."""
+        itemsize = self.draw.dtype.itemsize
+        held = self.method.held_bytes + num_vectors * self.product.rows.local * itemsize
+        self.peak_bytes = max(self.peak_bytes, held + 2 * min(TILE_BYTES, 2 * held))
+
+    def _tell(self, pairs: RitzPairs) -> None:
+        """Report to the callback; copies only, so that it cannot change a value."""
+        if self.task.callback is None:
+            return
+        k = self.task.num_wanted
+        met = self.criterion.met(pairs.theta[:k], pairs.residuals[:k], pairs.spread)
+        scale = self.product.scale
+        self.task.callback(
+            SolveState(
+                block_calls=self.product.num_calls,
+                columns=self.product.num_columns,
+                num_wanted=k,
+                num_converged=int(met.sum()),
+                values=tuple((pairs.theta[:k] * scale).tolist()),
+                residual_norms=tuple((pairs.residuals[:k] * scale).tolist()),
+                seconds=time.perf_counter() - self.began,
+            )
+        )

@@ -1,0 +1,65 @@
+"""What the driver asks of a method: one block call at a time, and the pairs it holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from jaxtyping import Float64
+from torch import Tensor
+
+from ntk_lazy.shapes import Block
+
+
+@dataclass(frozen=True, kw_only=True)
+class RitzPairs:
+    """Approximate eigenpairs, in descending order and in units of the scale of ``Product``.
+
+    Attributes:
+        theta: Ritz values ``(j,)``.
+        coefficients: ``(m, j)``: the vectors in the coordinates of the method's space.
+        residuals: ``‖A x − theta x‖`` as the method knows them, without rounding of ``x`` to its dtype.
+        spread: Largest absolute value of a Ritz value, an estimate of the norm of ``A``.
+        asymmetry: Largest difference between ``⟨u, Av⟩`` and ``⟨Au, v⟩`` in the space.
+    """
+
+    theta: Float64[Tensor, " j"]
+    coefficients: Float64[Tensor, "m j"]
+    residuals: Float64[Tensor, " j"]
+    spread: float
+    asymmetry: float
+
+
+class Iteration(Protocol):
+    """A method that improves a space by one block call at a time."""
+
+    @property
+    def next_width(self) -> int:
+        """Columns that the next step multiplies."""
+        ...
+
+    @property
+    def is_exhaustive(self) -> bool:
+        """Whether the space is everything, so that nothing can be missing and nothing can improve."""
+        ...
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of long vectors held between steps."""
+        ...
+
+    def step(self) -> RitzPairs:
+        """Multiply once and extract at least as many pairs as are wanted, or all there are."""
+        ...
+
+    def combine(self, coefficients: Float64[Tensor, "m j"]) -> Block:
+        """Form long vectors from coefficients."""
+        ...
+
+    def combine_images(self, coefficients: Float64[Tensor, "m j"]) -> Block:
+        """Form ``A x`` for such vectors from products that were already made."""
+        ...
+
+    def inject(self, block: Block) -> None:
+        """Add directions to the space."""
+        ...

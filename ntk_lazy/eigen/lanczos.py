@@ -1,0 +1,143 @@
+"""Block Lanczos: a Krylov relation that any block may join."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+
+from ntk_lazy.eigen.iteration import RitzPairs
+from ntk_lazy.eigen.product import Product
+from ntk_lazy.eigen.random_columns import RandomColumns
+from ntk_lazy.linalg import Basis, combine, orthonormalise, rayleigh_ritz
+from ntk_lazy.shapes import Block
+
+
+class BlockKrylov:
+    """The relation ``A V[:, :d] = V H`` with orthonormal ``V`` of ``m`` columns, ``d`` of them multiplied.
+
+    The ``m − d`` *pending* columns are multiplied next. All of an image that the basis does not hold joins it as
+    new pending columns, so the relation is exact up to rounding whatever was pending: the start block,
+    random columns after a breakdown, what a completeness probe found, or the last block before a restart.
+    Coefficients are kept as they were measured (``H`` is not assumed to be banded), which is full
+    reorthogonalisation.
+
+    Cost: ``m`` long vectors, ``m`` at most ``max_basis``, and two more blocks during a step; the store of the
+    basis grows by half, so that while it is copied ``2.5 m`` may be held.
+    """
+
+    def __init__(
+        self,
+        product: Product,
+        draw: RandomColumns,
+        *,
+        start: Block,
+        num_wanted: int,
+        max_basis: int,
+    ) -> None:
+        self._product = product
+        self._draw = draw
+        self._num_wanted = num_wanted
+        self._max_basis = max_basis
+        rows = product.rows
+        self._basis = Basis(
+            rows, dtype=draw.dtype, device=draw.device, capacity=min(max_basis, rows.total) + start.shape[1]
+        )
+        self._num_done = 0
+        self._H = torch.zeros(0, 0, dtype=torch.float64)
+        self.inject(start)
+
+    @property
+    def next_width(self) -> int:
+        """Pending columns."""
+        return self._basis.size - self._num_done
+
+    @property
+    def is_exhaustive(self) -> bool:
+        """Whether the basis spans all rows and is multiplied."""
+        return self._basis.size == self._product.rows.total and self.next_width == 0
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the basis."""
+        return self._basis.num_bytes
+
+    def inject(self, block: Block) -> None:
+        """Add the directions of a block that are new as pending columns; its own copy is overwritten."""
+        room = self._product.rows.total - self._basis.size
+        if room == 0:
+            return
+        made = orthonormalise(
+            block.clone(),
+            [self._basis.block],
+            rows=self._product.rows,
+            width=min(block.shape[1], room),
+            draw=self._draw,
+        )
+        self._basis.append(made.Q)
+        self._H = torch.cat([self._H, self._H.new_zeros(made.Q.shape[1], self._H.shape[1])])
+
+    def step(self) -> RitzPairs:
+        """Multiply the pending block, restarting first when its image would not fit."""
+        width = self.next_width
+        if self._basis.size + width > self._max_basis and self._num_done > self._num_kept:
+            self._restart()
+        size = self._basis.size
+        made = orthonormalise(
+            self._product(self._basis.columns(self._num_done, size)),
+            [self._basis.block],
+            rows=self._product.rows,
+            width=width,
+            draw=self._draw,
+        )
+        self._basis.append(made.Q)
+        H = torch.zeros(self._basis.size, size, dtype=torch.float64)
+        H[:size, : self._num_done] = self._H
+        H[:size, self._num_done :] = made.C
+        H[size:, self._num_done :] = made.R
+        self._H = H
+        self._num_done = size
+        return self._extract(self._num_wanted + 1)
+
+    def combine(self, coefficients: Float64[Tensor, "m j"]) -> Block:
+        """Form long vectors from coefficients in the multiplied columns."""
+        return combine(self._basis.columns(0, self._num_done), coefficients)
+
+    def combine_images(self, coefficients: Float64[Tensor, "m j"]) -> Block:
+        """Form ``A x`` from the relation."""
+        return combine(self._basis.block, self._H @ coefficients)
+
+    @property
+    def _num_kept(self) -> int:
+        """Ritz vectors that survive a restart: a few beyond those wanted keep the last of them converging."""
+        return self._num_wanted + max(1, self._num_wanted // 8)
+
+    def _extract(self, num_pairs: int) -> RitzPairs:
+        """Project on the multiplied columns; ``Vᵀ A V = M H``."""
+        d = self._num_done
+        M = self._basis.gram_matrix
+        T = M[:d] @ self._H
+        theta, Y = rayleigh_ritz(T, M[:d, :d])
+        spread = float(theta.abs().max())
+        theta, Y = theta[:num_pairs], Y[:, :num_pairs]
+        Z = self._H @ Y
+        Z[:d] -= Y * theta
+        residuals = (Z * (M @ Z)).sum(dim=0).clamp_min(0).sqrt()
+        asymmetry = float((T - T.mT).abs().max())
+        return RitzPairs(theta=theta, coefficients=Y, residuals=residuals, spread=spread, asymmetry=asymmetry)
+
+    def _restart(self) -> None:
+        """Keep the best Ritz vectors and the pending block: the relation holds for these again.
+
+        Source: Wu and Simon, SIAM J. Matrix Anal. Appl. 22 (2000), thick restart.
+        """
+        d, width = self._num_done, self.next_width
+        kept = self._extract(self._num_kept)
+        num_kept = kept.theta.shape[0]
+        S = torch.zeros(d + width, num_kept + width, dtype=torch.float64)
+        S[:d, :num_kept] = kept.coefficients
+        S[d:, num_kept:] = torch.eye(width, dtype=torch.float64)
+        coupling = self._H[d:] @ kept.coefficients
+        self._basis.rotate_(S)
+        self._H = torch.cat([torch.diag(kept.theta), coupling])
+        self._num_done = num_kept

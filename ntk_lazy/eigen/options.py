@@ -1,0 +1,70 @@
+"""The solvers to choose from, each a frozen dataclass of its options; None means derived."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ntk_lazy.errors import ArgumentError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lanczos:
+    """Block Lanczos with full reorthogonalisation, thickly restarted when the basis is full.
+
+    Attributes:
+        block_size: Columns of one product. None: the power of two next to ``sqrt(2.8 k)`` between 8 and 64,
+            and never below the number of outputs plus 2, because a smaller block can miss copies of a
+            repeated eigenvalue. ``"timed"``: the same with the measured cost of a block; two runs may
+            then choose differently, and ``EigenResult.method`` says what was chosen.
+        max_basis: Most basis vectors held. None: ``3 k + 10 b``; most spectra need ``1.75 k + 5 b``.
+    """
+
+    block_size: int | Literal["timed"] | None = None
+    max_basis: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.block_size != "timed":
+            _check_positive("block_size", self.block_size)
+        _check_positive("max_basis", self.max_basis)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LOBPCG:
+    """Locally optimal block preconditioned conjugate gradients on an orthonormal ``[X P W]``.
+
+    Fewest block calls and fixed memory (six blocks), for twice the products of ``Lanczos``.
+
+    Attributes:
+        num_guards: Columns beyond ``k``, which make the last wanted pairs converge. None: ``k / 4``, and
+            at least the number of outputs plus 2.
+    """
+
+    num_guards: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_guards is not None and self.num_guards < 0:
+            raise ArgumentError(f"num_guards is {self.num_guards}; it must not be negative.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dense:
+    """All entries by products with the identity, then LAPACK in float64: ``n`` products, ``16 n²`` bytes.
+
+    Attributes:
+        block_size: Columns of one product. None: 256.
+    """
+
+    block_size: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_positive("block_size", self.block_size)
+
+
+Solver = Lanczos | LOBPCG | Dense
+
+
+def _check_positive(name: str, value: int | str | None) -> None:
+    """Refuse zero, negative numbers and what is no integer."""
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        raise ArgumentError(f"{name} is {value!r}; it must be a positive integer or None.")

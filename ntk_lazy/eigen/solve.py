@@ -1,0 +1,186 @@
+"""``eigsh``: the largest eigenpairs of a symmetric operator, certified."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from torch import Tensor
+
+from ntk_lazy.eigen.contract import SymmetricOperator, as_symmetric_operator
+from ntk_lazy.eigen.dense import DenseSpectrum
+from ntk_lazy.eigen.driver import Search, Task
+from ntk_lazy.eigen.iteration import Iteration
+from ntk_lazy.eigen.lanczos import BlockKrylov
+from ntk_lazy.eigen.lobpcg import LocallyOptimal
+from ntk_lazy.eigen.options import LOBPCG, Dense, Lanczos, Solver
+from ntk_lazy.eigen.product import Product
+from ntk_lazy.eigen.progress import Callback, progress_callback
+from ntk_lazy.eigen.random_columns import RandomColumns
+from ntk_lazy.eigen.result import EigenResult
+from ntk_lazy.eigen.start import NUM_FRESH, start_block
+from ntk_lazy.eigen.verify import Verify
+from ntk_lazy.errors import ArgumentError, NotConvergedError
+
+_SMALL = 256  # rows at which LAPACK beats any iteration
+_LARGEST_DENSE = 20_000  # rows; float64 matrix and vectors take 6.4 GB there
+_TYPICAL_COST = 8.0  # of starting a block call, in columns: what the default block size assumes
+
+
+def eigsh(  # noqa: PLR0913 - the public signature is fixed by the design
+    A: object,
+    k: int,
+    *,
+    solver: Literal["auto"] | Solver = "auto",
+    rtol: float = 1e-3,
+    start: Tensor | EigenResult | None = None,
+    seed: int = 0,
+    max_products: int | None = None,
+    verify: Verify = "fast",
+    on_unconverged: Literal["raise", "return"] = "raise",
+    progress: bool | Callback = False,
+) -> EigenResult:
+    """Find the ``k`` largest eigenvalues of a symmetric operator and their vectors, and say how sure that is.
+
+    "Largest" is meant with sign. The operator is scaled by its measured norm, so that no threshold is absolute.
+
+    Args:
+        A: A symmetric tensor, a square ``LinearOperator``, or a ``SymmetricOperator``; float32 or float64.
+        k: Number of pairs, at most the number of rows.
+        solver: ``Lanczos(...)``, ``LOBPCG(...)``, ``Dense()``, or ``"auto"``: ``Dense`` where it costs no more
+            products than ``Lanczos`` or the operator is small, else ``Lanczos``.
+        rtol: ``‖A v − λ v‖ <= rtol · |λ|`` for each pair. Values below the noise floor of the arithmetic cannot
+            meet it and are tested against the noise floor (``EigenResult.is_below_noise`` names them).
+        start: Shape ``(n, s)``, any ``s``, or an earlier result: where to begin. Random columns are always
+            added. Worth 5 to 35 % of the products between neighbouring checkpoints.
+        seed: Of all random columns. Same seed, same result.
+        max_products: Most products to spend; None: 20 times what a search usually takes.
+        verify: ``"fast"`` looks for missed eigenvalues with 16 products, ``"rigorous"`` gives a probability
+            (about 50 products), False does not look.
+        on_unconverged: Whether a set that is not complete is raised or returned. It is never called converged.
+        progress: True for a line on standard error, or a function of a ``SolveState``.
+
+    Returns:
+        The pairs, with residuals, bounds and cost.
+
+    Cost: about ``1.75 k + 5 b`` products in blocks of ``b`` to ``rtol = 1e-3`` for ``Lanczos``, the probe, and for
+        certification ``k`` products (``k <= 4 b``) or 8; about ``2 k + 8 b`` long vectors.
+
+    Raises:
+        ArgumentError: An argument or an operator that no search makes sense for; its subclasses ``ShapeError`` and
+            ``NonFiniteError`` say what is wrong with a shape or a number.
+        NotConvergedError: The search ended early; ``.result`` holds what was found.
+
+    Source: Musco and Musco, NeurIPS 2015, block Krylov iteration for low-rank approximation; Golub and Underwood
+        1977, block Lanczos.
+    """
+    operator = as_symmetric_operator(A)
+    n = operator.rows.total
+    _check_arguments(k, n, rtol, max_products, verify, on_unconverged)
+    draw = RandomColumns(operator.rows, seed=seed, dtype=operator.dtype, device=operator.device)
+    num_outputs = _num_outputs(operator)
+    chosen = _choose(k, n, num_outputs) if solver == "auto" else solver
+    block_size = _block_size(chosen, k, n, num_outputs)
+    limit = 20 * math.ceil(1.75 * k + 5 * block_size) + n if max_products is None else max_products
+    product = Product(operator, max_products=limit)
+    method, name = _build(chosen, product, draw, k=k, block_size=block_size, start=start, rtol=rtol)
+    task = Task(
+        num_wanted=k,
+        rtol=rtol,
+        seed=seed,
+        verify=verify,
+        fresh_width=0 if isinstance(chosen, Dense) else block_size,
+        method=name,
+        callback=progress_callback(progress),
+    )
+    result = Search(task, product, method, draw).run()
+    if result.status != "converged" and on_unconverged == "raise":
+        raise NotConvergedError(_explain(result, k, limit), result=result)
+    return result
+
+
+def _check_arguments(
+    k: int, n: int, rtol: float, max_products: int | None, verify: object, on_unconverged: object
+) -> None:
+    """Refuse what cannot be meant, before a product is spent."""
+    if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= n:
+        raise ArgumentError(f"k is {k!r}; an operator with {n} rows has 1 to {n} eigenpairs.")
+    if not 0 < rtol < 1:
+        raise ArgumentError(f"rtol is {rtol!r}; it is relative to each eigenvalue and lies between 0 and 1.")
+    if max_products is not None and max_products < 1:
+        raise ArgumentError(f"max_products is {max_products}; nothing can be found without a product.")
+    if verify not in ("fast", "rigorous", False):
+        raise ArgumentError(f"verify is {verify!r}; it is 'fast', 'rigorous' or False.")
+    if on_unconverged not in ("raise", "return"):
+        raise ArgumentError(f"on_unconverged is {on_unconverged!r}; it is 'raise' or 'return'.")
+
+
+def _num_outputs(operator: SymmetricOperator) -> int:
+    """Outputs of the model behind the operator, where it knows: eigenvalues come in clusters of so many."""
+    known = getattr(operator, "num_outputs", 1)
+    return known if isinstance(known, int) and known > 0 else 1
+
+
+def _choose(k: int, n: int, num_outputs: int) -> Solver:
+    """Pick ``Dense`` where it is no dearer, else ``Lanczos``."""
+    b = _block_size(Lanczos(), k, n, num_outputs)
+    is_dear = 1.75 * k + 5 * b >= n or k > n / 4
+    return Dense() if n <= _SMALL or (is_dear and n <= _LARGEST_DENSE) else Lanczos()
+
+
+def _block_size(solver: Solver, k: int, n: int, num_outputs: int) -> int:
+    """Fill in the width of a block."""
+    if isinstance(solver, Dense):
+        return min(n, solver.block_size or 256)
+    if isinstance(solver, LOBPCG):
+        guards = max(k // 4, num_outputs + 2) if solver.num_guards is None else solver.num_guards
+        return min(n, k + guards)
+    if isinstance(solver.block_size, int):
+        return min(n, solver.block_size)
+    best = math.sqrt(0.35 * k * _TYPICAL_COST)
+    derived = 2 ** min(6, max(3, round(math.log2(best))))
+    return min(n, max(derived, num_outputs + 2))
+
+
+def _build(
+    solver: Solver,
+    product: Product,
+    draw: RandomColumns,
+    *,
+    k: int,
+    block_size: int,
+    start: Tensor | EigenResult | None,
+    rtol: float,
+) -> tuple[Iteration, str]:
+    """Make the method that the options describe, and say in words which it is."""
+    n = product.rows.total
+    if isinstance(solver, Dense):
+        method: Iteration = DenseSpectrum(product, num_wanted=k, block_size=block_size)
+        return method, f"Dense(block_size={block_size})"
+    block = start_block(start, width=block_size, draw=draw)
+    if isinstance(solver, LOBPCG):
+        method = LocallyOptimal(product, draw, start=block, num_wanted=k, rtol=rtol)
+        return method, f"LOBPCG(num_guards={block_size - k})"
+    max_basis = min(n, solver.max_basis or 3 * k + 10 * block_size)
+    least = min(n, k + max(1, k // 8) + 2 * max(block_size, NUM_FRESH + 1))
+    if max_basis < least:
+        raise ArgumentError(
+            f"max_basis is {max_basis}; {k} pairs in blocks of {block_size} need at least {least} vectors to restart."
+        )
+    method = BlockKrylov(product, draw, start=block, num_wanted=k, max_basis=max_basis)
+    return method, f"Lanczos(block_size={block_size}, max_basis={max_basis})"
+
+
+def _explain(result: EigenResult, k: int, limit: int) -> str:
+    """Say what is missing and what would help."""
+    found = int(result.converged.sum())
+    head = f"{found} of {k} eigenpairs met rtol = {result.rtol:.0e} after {result.cost.columns} products"
+    if result.status == "max_products":
+        return (
+            f"{head}; max_products = {limit} left no room to go on. Raise it, or loosen rtol; "
+            "the pairs found so far are in .result."
+        )
+    return (
+        f"{head}; the residuals of the others are rounding of its "
+        f"{result.vectors.dtype} products and will not fall further. Use a float64 model, a larger rtol or a smaller k; all pairs are in .result."
+    )

@@ -1,0 +1,117 @@
+"""Look for eigenvalues that a converged set has missed."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from ntk_lazy.eigen.product import Product
+from ntk_lazy.eigen.random_columns import RandomColumns
+from ntk_lazy.eigen.result import Completeness
+from ntk_lazy.linalg import Basis, combine, gram, orthonormalise, rayleigh_ritz
+from ntk_lazy.shapes import Block
+
+Verify = Literal["fast", "rigorous", False]
+
+_SLACK = 1e-3  # above the last value: a smaller excess is not worth another search
+_RIGOROUS_EPS = 0.1
+_RIGOROUS_FAILURE = 1e-3
+_RIGOROUS_COLUMNS = 4
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A random block and the number of times it is multiplied."""
+
+    level: Literal["fast", "rigorous"]
+    num_columns: int
+    num_steps: int
+
+    @property
+    def total_columns(self) -> int:
+        """Products that it takes."""
+        return self.num_columns * self.num_steps
+
+
+def make_probe(level: Literal["fast", "rigorous"], num_rows: int) -> Probe:
+    """Choose width and depth.
+
+    ``"fast"``: two products of eight columns, which found 159 of 159 missed multiplicities in the study behind this
+    default. ``"rigorous"``: deep enough that, for a positive semi-definite operator, the probability of overlooking
+    an eigenvalue more than ``1 / (1 - 0.1)`` times the largest one seen is below 1e-3 for any spectrum.
+
+    Source: Kuczynski and Wozniakowski, SIAM J. Matrix Anal. Appl. 13 (1992), theorem 4.2: one random start in
+        ``n`` dimensions fails with probability at most ``1.648 √n exp(−√ε (2q − 1))``; a block fails only if
+        each of its columns does.
+    """
+    if level == "fast":
+        return Probe("fast", 8, 2)
+    each = _RIGOROUS_FAILURE ** (1 / _RIGOROUS_COLUMNS)
+    steps = (math.log(1.648 * math.sqrt(num_rows) / each) / math.sqrt(_RIGOROUS_EPS) + 1) / 2
+    return Probe("rigorous", _RIGOROUS_COLUMNS, max(2, math.ceil(steps)))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a probe saw.
+
+    Attributes:
+        completeness: The claim, if nothing was found.
+        missed: Directions with Ritz values above the last value, to be searched; None if there are none.
+    """
+
+    completeness: Completeness
+    missed: Block | None
+
+
+def look_for_missed(
+    X: Block, last_value: float, noise: float, *, probe: Probe, product: Product, draw: RandomColumns
+) -> Verdict:
+    """Run a short block Krylov iteration on the operator deflated by the vectors found.
+
+    Args:
+        X: Orthonormal vectors of the set.
+        last_value: Its smallest value.
+        noise: Excess that rounding can make.
+        probe: Width and depth.
+        product: The operator.
+        draw: Gives the random block.
+
+    Cost: ``probe.total_columns`` products in ``probe.num_steps`` calls, and as many long vectors.
+    """
+    rows = product.rows
+    room = rows.total - X.shape[1]
+    width = min(probe.num_columns, room)
+    if width == 0:
+        return Verdict(Completeness(method="exhaustive"), None)
+    Z = Basis(rows, dtype=X.dtype, device=X.device, capacity=probe.total_columns)
+    images = Basis(rows, dtype=X.dtype, device=X.device, capacity=probe.total_columns, has_gram=False)
+    start, columns = draw(width), 0
+    for _ in range(probe.num_steps):
+        width = min(width, room - Z.size)
+        if width == 0:
+            break
+        made = orthonormalise(start, [X, Z.block], rows=rows, width=width, draw=draw)
+        Z.append(made.Q)
+        start = product(made.Q)
+        images.append(start)
+        columns += width
+    T = gram(Z.block, images.block, rows=rows)
+    mu, Y = rayleigh_ritz(T, Z.gram_matrix)
+    above = mu > last_value + _SLACK * abs(last_value) + noise
+    relative = float(mu[0]) / last_value if last_value else float("nan")
+    if bool(above.any()):
+        missed = combine(Z.block, Y[:, above])
+        return Verdict(Completeness(method="none", columns=columns, largest_outside=relative), missed)
+    is_rigorous = probe.level == "rigorous" and last_value > noise
+    return Verdict(
+        Completeness(
+            method=probe.level,
+            columns=columns,
+            largest_outside=relative,
+            factor=(1 + _SLACK + noise / last_value) / (1 - _RIGOROUS_EPS) if is_rigorous else float("inf"),
+            failure_probability=_RIGOROUS_FAILURE if is_rigorous else 1.0,
+        ),
+        None,
+    )

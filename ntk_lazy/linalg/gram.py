@@ -1,0 +1,73 @@
+"""Sums over the rows of tall blocks, in float64 whatever the dtype of the blocks.
+
+A float32 block is read in tiles of rows, each cast to float64 when its turn comes. Gram matrices of
+float32 vectors that are *summed* in float32 cost two digits of every small eigenvalue; a full float64
+copy would cost three times the memory of the block. Small matrices live on the CPU, and each function
+below moves one of them once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor
+
+from ntk_lazy.rows import Rows
+
+TILE_BYTES = 1 << 24
+"""Most bytes of one float64 tile; two of them are alive at a time."""
+
+
+def row_tiles(num_rows: int, num_columns: int) -> Iterator[slice]:
+    """Cut the rows so that a float64 tile of this many columns stays under ``TILE_BYTES``."""
+    height = max(1, TILE_BYTES // (8 * max(1, num_columns)))
+    for begin in range(0, num_rows, height):
+        yield slice(begin, min(begin + height, num_rows))
+
+
+def gram(X: Float[Tensor, "n a"], Y: Float[Tensor, "n b"] | None = None, *, rows: Rows) -> Float64[Tensor, "a b"]:
+    """Form ``Xᵀ Y`` in float64 (``Xᵀ X`` when one block is given), on the CPU.
+
+    Args:
+        X: Local rows of the first block.
+        Y: Local rows of the second block, of the same dtype and device.
+        rows: Adds the partial sums of all processes.
+
+    Cost: ``2 n a b`` float64 operations, two tiles of ``TILE_BYTES``, one transfer.
+    """
+    right = X if Y is None else Y
+    total = torch.zeros(X.shape[1], right.shape[1], dtype=torch.float64, device=X.device)
+    for tile in row_tiles(X.shape[0], X.shape[1] + right.shape[1]):
+        left_tile = X[tile].double()
+        right_tile = left_tile if Y is None else right[tile].double()
+        total.addmm_(left_tile.mT, right_tile)
+    return rows.sum(total).cpu()
+
+
+def column_norms(X: Float[Tensor, "n k"], *, rows: Rows) -> Float64[Tensor, " k"]:
+    """Measure every column in float64, on the CPU; squares of float32 numbers cannot overflow there."""
+    total = torch.zeros(X.shape[1], dtype=torch.float64, device=X.device)
+    for tile in row_tiles(X.shape[0], X.shape[1]):
+        total += X[tile].double().square().sum(dim=0)
+    return rows.sum(total).sqrt().cpu()
+
+
+def combine(X: Float[Tensor, "n a"], S: Float64[Tensor, "a b"]) -> Float[Tensor, "n b"]:
+    """Form ``X S``, summed in float64 and rounded once to the dtype of the block.
+
+    Cost: ``2 n a b`` float64 operations, one new block, two tiles.
+    """
+    small = S.to(X.device)
+    result = torch.empty(X.shape[0], S.shape[1], dtype=X.dtype, device=X.device)
+    for tile in row_tiles(X.shape[0], X.shape[1] + S.shape[1]):
+        result[tile] = X[tile].double() @ small
+    return result
+
+
+def subtract_(W: Float[Tensor, "n b"], X: Float[Tensor, "n a"], S: Float64[Tensor, "a b"]) -> None:
+    """Replace ``W`` by ``W − X S`` in place, summed in float64 and rounded once."""
+    small = S.to(X.device)
+    for tile in row_tiles(X.shape[0], X.shape[1] + S.shape[1]):
+        W[tile] = W[tile].double().addmm_(X[tile].double(), small, alpha=-1)
