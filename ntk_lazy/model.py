@@ -184,13 +184,13 @@ class FunctionalModel:
     def __call__(self, params: dict[str, Tensor], x: Tensor) -> Float[Tensor, "examples outputs"]:
         """Evaluate the model at ``params`` on examples ``x`` of shape ``(b, ...)``."""
         with self._generators():
-            return _flat_output(self.call.raw(self._tensors(params), as_ieee(x)), x.shape[0])
+            return self._flat(self.call.raw(self._tensors(params), as_ieee(x)), x.shape[0])
 
     def evaluate(self, params: dict[str, Tensor], x: Tensor, then: Callable[[Tensor], Result]) -> Result:
         """Evaluate the model, and return ``then(outputs)``, computed while the module still holds ``params``."""
         with self._generators():
             result: Result = self.call.raw(
-                self._tensors(params), as_ieee(x), lambda output: then(_flat_output(output, x.shape[0]))
+                self._tensors(params), as_ieee(x), lambda output: then(self._flat(output, x.shape[0]))
             )
         return result
 
@@ -198,6 +198,11 @@ class FunctionalModel:
         if not (self.has_private_buffers and self.buffer_names):
             return params | self.constants
         return params | {n: t.clone() if n in self.buffer_names else t for n, t in self.constants.items()}
+
+    def _flat(self, output: Any, num_examples: int) -> Tensor:
+        # A model may change the dtype on its way (a head in float64): rows of K are in that of J.
+        flat = _flat_output(output, num_examples)
+        return flat.to(self.dtype) if flat.is_floating_point() else flat
 
     def _generators(self) -> AbstractContextManager[None]:
         if not self.keeps_generators:
@@ -223,7 +228,7 @@ def _refuse_uninitialised(named: Mapping[str, Tensor]) -> None:
     for name, parameter in named.items():
         if nn.parameter.is_lazy(parameter):
             raise UnsupportedModuleError(
-                f"parameter {name!r} has no shape yet. Call the module once on an example before you ask for its kernel."
+                f"parameter {name!r} has no shape yet. Call the module on an example before you ask for its kernel."
             )
 
 

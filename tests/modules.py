@@ -70,6 +70,18 @@ class BareParameters(nn.Module):
         return self.scale * (x @ self.columns.mT + self.offset).sin()[:, ::2]
 
 
+class MixedDtypes(nn.Module):
+    """A layer in float32, a scale in float64, and an output in float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 3)
+        self.scale = nn.Parameter(torch.ones(3, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * self.inner(x.float()).tanh().double()
+
+
 class FunctionalWeights(nn.Module):
     """The weights of one network are the output of another: one set for each example."""
 

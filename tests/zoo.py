@@ -114,6 +114,12 @@ _DENSE = [
     Case(name="checkpoint", build=lambda: Checkpointed(use_reentrant=False), draw=X),
     Case(name="checkpoint first", build=lambda: Checkpointed(use_reentrant=False, is_first=True), draw=X),
     Case(name="float32", build=lambda: _between(nn.Tanh()), draw=X, dtype=torch.float32),
+    Case(
+        name="float64 head on float32",
+        build=lambda: Headed(lambda y: y.double().softmax(-1)),
+        draw=X,
+        dtype=torch.float32,
+    ),
     Case(name="bfloat16", build=lambda: _between(nn.Tanh()), draw=X, dtype=torch.bfloat16),
     Case(name="bfloat16 checkpoint", build=lambda: Checkpointed(use_reentrant=False), draw=X, dtype=torch.bfloat16),
     Case(name="scalar output", build=lambda: Headed(lambda y: y.squeeze(-1), num_outputs=1), draw=X),

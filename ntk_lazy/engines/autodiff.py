@@ -7,13 +7,12 @@ from typing import final
 
 import torch
 from torch import Tensor
-from torch.func import vjp, vmap
 from typing_extensions import override
 
 from ntk_lazy.engines.chunks import ChunkRule, Chunks, slices
 from ntk_lazy.engines.contract import X1, X2, ColumnsFirst, Engine, ExampleRows, Preflight
 from ntk_lazy.engines.flat import FlatLayout
-from ntk_lazy.engines.linearisation import DoubleReverse, ForwardOverReverse, Linearisation
+from ntk_lazy.engines.linearisation import DoubleReverse, ForwardOverReverse, Linearisation, example_gradients
 from ntk_lazy.model import FunctionalModel
 from ntk_lazy.outputs import OutputLayout
 from ntk_lazy.precision import differentiable_attention, ieee_precision
@@ -85,10 +84,15 @@ class AutodiffEngine(Engine):
         cotangents = self.layout.cotangents(dtype=self.model.dtype, device=x.device)
         with ieee_precision(), differentiable_attention():
             if self.preflight.per_example_vmap and self.preflight.mode == "forward-over-reverse":
-                flat = self._rows_vmapped(x, cotangents)
+                pulled = example_gradients(self.model, x, cotangents)
+                flat = torch.cat([g.reshape(*g.shape[:2], -1) for g in pulled.values()], 2)
             else:
                 flat = torch.stack([self._rows_of_one(x[i : i + 1], cotangents) for i in range(x.shape[0])])
         return flat.reshape(x.shape[0], self.layout.rows_per_example, self.num_features)
+
+    @override
+    def chunks(self, num_examples: int, num_columns: int) -> Chunks:
+        return self.rule.fit(num_examples, num_columns)
 
     @override
     def row_chunks(self, num_examples: int) -> list[slice]:
@@ -180,17 +184,9 @@ class AutodiffEngine(Engine):
                 Y[self._rows_of(examples), columns] = self.layout.lower(self._linearise(x[examples]).push(tangents))
         return Y
 
-    def _rows_vmapped(self, x: Tensor, cotangents: Tensor) -> Tensor:
-        def one(example: Tensor) -> Tensor:
-            transpose = vjp(lambda params: self.model(params, example.unsqueeze(0))[0], self.model.params)[1]
-            pulled = vmap(transpose, randomness="same")(cotangents)[0]
-            return torch.cat([g.flatten(1) for g in pulled.values()], 1)
-
-        return vmap(one, randomness="same")(x)
-
     def _rows_of_one(self, x: Tensor, cotangents: Tensor) -> Tensor:
         pulled = self._linearise(x).pull(cotangents.unsqueeze(1))
-        return torch.cat([g.flatten(1) for g in pulled.values()], 1)
+        return torch.cat([g.reshape(g.shape[0], -1) for g in pulled.values()], 1)
 
 
 def _gram64(left: Tensor, right: Tensor) -> Tensor:

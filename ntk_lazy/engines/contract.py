@@ -9,6 +9,7 @@ from typing import Literal, TypeAlias
 from jaxtyping import Float
 from torch import Tensor
 
+from ntk_lazy.engines.chunks import Chunks
 from ntk_lazy.model import FunctionalModel
 from ntk_lazy.outputs import OutputLayout
 from ntk_lazy.shapes import Block, SmallMatrix
@@ -79,6 +80,14 @@ class Engine(ABC):
     @abstractmethod
     def rows(self, x: Tensor) -> ExampleRows:
         """Return the rows of J of these examples, all at once; follows the caller's grad mode."""
+
+    @abstractmethod
+    def chunks(self, num_examples: int, num_columns: int) -> Chunks:
+        """Say in which chunks a product would go through examples and columns.
+
+        Raises:
+            BudgetError: Not even one example and one column fit the budget.
+        """
 
     @abstractmethod
     def row_chunks(self, num_examples: int) -> list[slice]:

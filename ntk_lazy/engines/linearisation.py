@@ -139,5 +139,19 @@ class DoubleReverse(Linearisation):
             return self.model.evaluate(leaves, self.x, in_callers_mode)
 
 
+def example_gradients(model: FunctionalModel, x: Tensor, cotangents: Float[Tensor, "rows outputs"]) -> Tangents:
+    """Return the gradients of each example along the same cotangents, vectorised over both: ``(b, rows, *shape)``.
+
+    Not every operation has a rule for this: ask the preflight. Follows the caller's grad mode.
+    """
+
+    def of_one(example: Tensor) -> Tangents:
+        transpose = vjp(lambda params: model(params, example.unsqueeze(0))[0], model.params)[1]
+        pulled: Tangents = vmap(transpose, randomness="same")(cotangents)[0]
+        return pulled
+
+    return vmap(of_one, randomness="same")(x)
+
+
 def _num_columns(W: Tangents) -> int:
     return next(iter(W.values())).shape[0]
