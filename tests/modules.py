@@ -71,15 +71,15 @@ class BareParameters(nn.Module):
 
 
 class MixedDtypes(nn.Module):
-    """A layer in float32, a scale in float64, and an output in float64."""
+    """A layer in one dtype and a scale in another, which is that of the output."""
 
     def __init__(self) -> None:
         super().__init__()
         self.inner = nn.Linear(4, 3)
-        self.scale = nn.Parameter(torch.ones(3, dtype=torch.float64))
+        self.scale = nn.Parameter(torch.ones(3))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.scale * self.inner(x.float()).tanh().double()
+        return self.scale * self.inner(x.to(self.inner.weight.dtype)).tanh().to(self.scale.dtype)
 
 
 class FunctionalWeights(nn.Module):

@@ -15,6 +15,7 @@ from modules import (
     DriftsWithCalls,
     FunctionalWeights,
     Headed,
+    MixedDtypes,
     SharedLayer,
     Through,
     TiedHead,
@@ -52,6 +53,10 @@ def _poison(module: nn.Module) -> None:
 
 def _freeze(module: nn.Module) -> None:
     module[0].requires_grad_(False)
+
+
+def _widen_scale(module: nn.Module) -> None:
+    module.scale.data = module.scale.data.double()
 
 
 def _between(layer: nn.Module) -> nn.Module:
@@ -118,6 +123,13 @@ _DENSE = [
         name="float64 head on float32",
         build=lambda: Headed(lambda y: y.double().softmax(-1)),
         draw=X,
+        dtype=torch.float32,
+    ),
+    Case(
+        name="mixed dtypes",
+        build=MixedDtypes,
+        draw=X,
+        prepare=_widen_scale,
         dtype=torch.float32,
     ),
     Case(name="bfloat16", build=lambda: _between(nn.Tanh()), draw=X, dtype=torch.bfloat16),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ntk_lazy.engines import suspects
-from ntk_lazy.engines.rounding import differs
+from ntk_lazy.engines.rounding import Rounding
 from ntk_lazy.engines.suspects import Call, EmbeddingWatch, named
 from ntk_lazy.errors import NonFiniteError, ShapeError, UnsupportedModuleError
 from ntk_lazy.model import FunctionalModel
@@ -31,6 +31,7 @@ class ForwardPass:
         embeddings: What was noticed about embeddings.
         written_buffers: Names of the buffers that were written to.
         draws_numbers: Whether random numbers were drawn.
+        rounding: What rounding may do to outputs and gradients.
     """
 
     copy: FunctionalModel
@@ -40,6 +41,7 @@ class ForwardPass:
     embeddings: EmbeddingWatch
     written_buffers: list[str]
     draws_numbers: bool
+    rounding: Rounding
 
     @classmethod
     def run(cls, model: FunctionalModel, x: Tensor) -> Self:
@@ -65,7 +67,7 @@ class ForwardPass:
         _refuse_written_parameters([name for name in written if name not in model.buffer_names], calls)
         _check_output(output)
         draws = any(not torch.equal(a, b) for a, b in zip(states, _random_states(x), strict=True))
-        return cls(copy, x, output, calls, watch, written, draws)
+        return cls(copy, x, output, calls, watch, written, draws, Rounding.of((*copy.params.values(), output)))
 
     @property
     def writes_buffers(self) -> bool:
@@ -81,7 +83,8 @@ class ForwardPass:
                 "same kernel. Call model.eval() first."
             )
         trials = _TRIALS_OF_RANDOM_MODELS if self.draws_numbers else 1
-        if not any(differs(self.copy(self.copy.params, self.x), self.output) for _ in range(trials)):
+        again = (self.copy(self.copy.params, self.x) for _ in range(trials))
+        if not any(self.rounding.separates(output, self.output) for output in again):
             return
         if self.writes_buffers and not self.draws_numbers:
             owners = suspects.owners_of(self.calls, self.written_buffers)

@@ -20,7 +20,7 @@ from ntk_lazy.engines import suspects
 from ntk_lazy.engines.contract import Preflight
 from ntk_lazy.engines.forward_pass import ForwardPass
 from ntk_lazy.engines.linearisation import DoubleReverse, ForwardOverReverse, Linearisation, Tangents, example_gradients
-from ntk_lazy.engines.rounding import EPS_FACTOR, differs, largest, noise
+from ntk_lazy.engines.rounding import Rounding, largest, noise
 from ntk_lazy.engines.suspects import TRANSFORM_ERRORS, Call, named
 from ntk_lazy.errors import NonFiniteError, UnsupportedModuleError
 from ntk_lazy.model import FunctionalModel
@@ -54,7 +54,7 @@ def check(model: FunctionalModel, x: Tensor) -> Preflight:
         by_example = _check_independence(model, forward)
         _refuse_dropped_gradients(caught)
         mode, note = _choose_mode(model, forward)
-        vectorises = mode == "forward-over-reverse" and _vectorises(model, x, by_example, caught)
+        vectorises = mode == "forward-over-reverse" and _vectorises(model, forward, by_example, caught)
     return Preflight(
         mode=mode,
         per_example_vmap=vectorises,
@@ -148,14 +148,14 @@ def _check_independence(model: FunctionalModel, forward: ForwardPass) -> list[Ta
         except TRANSFORM_ERRORS as error:
             what = f"the model takes a batch, but not one example alone ({suspects.first_line(error)})"
             raise _coupled(calls, what) from error
-        if differs(alone, forward.output[example], scale=largest(forward.output)):
+        if forward.rounding.separates(alone, forward.output[example], scale=largest(forward.output)):
             raise _coupled(calls, f"the output for example {i} alone differs from that in a batch of {x.shape[0]}")
         by_example.append(_reverse(model, x[example], U[:, example]))
         _check_gradient(by_example[-1], example=i)
     together = _reverse(model, x, U)
     scale = largest(*together.values())
     for name, gradient in together.items():
-        if differs(torch.stack([g[name] for g in by_example]).sum(0), gradient, scale=scale):
+        if forward.rounding.separates(torch.stack([g[name] for g in by_example]).sum(0), gradient, scale=scale):
             raise _coupled(calls, f"the gradient of {name!r} over a batch is not the sum over its examples")
     _check_unequal_rows(model, forward)
     return by_example
@@ -170,7 +170,8 @@ def _check_unequal_rows(model: FunctionalModel, forward: ForwardPass) -> None:
     spread = x * factors.reshape(-1, *[1] * (x.ndim - 1))
     output = model(model.params, spread)
     for i in range(x.shape[0]):
-        if differs(model(model.params, spread[i : i + 1]), output[i : i + 1], scale=largest(output)):
+        alone = model(model.params, spread[i : i + 1])
+        if forward.rounding.separates(alone, output[i : i + 1], scale=largest(output)):
             raise _coupled(forward.calls, f"the output for one example differs from that in a batch of {x.shape[0]}")
 
 
@@ -226,12 +227,12 @@ def _choose_mode(
         at_fault = named(suspects.embedding_modules(calls, "padding_idx"), otherwise="an embedding")
         reason = "forward and reverse mode disagree on padding_idx"
     else:
-        reason = _disagreement(ForwardOverReverse(model, x), U, W, reference)
+        reason = _disagreement(ForwardOverReverse(model, x), U, W, reference, forward.rounding)
         if not reason:
             return "forward-over-reverse", ""
         found = suspects.first_without_forward_mode(calls)
         at_fault, reason = ("the forward pass", reason) if found is None else (str(found[0]), found[1])
-    second = _disagreement(DoubleReverse(model, x), U, W, reference)
+    second = _disagreement(DoubleReverse(model, x), U, W, reference, forward.rounding)
     if not second:
         return "double-reverse", f"{at_fault}: no forward mode ({reason}); reverse mode is applied twice instead."
     is_bag = any(isinstance(call.module, torch.nn.EmbeddingBag) for call in calls)
@@ -242,7 +243,7 @@ def _choose_mode(
     )
 
 
-def _disagreement(way: Linearisation, U: Tensor, W: Tangents, reference: Tangents) -> str:
+def _disagreement(way: Linearisation, U: Tensor, W: Tangents, reference: Tangents, rounding: Rounding) -> str:
     """Say how a way of multiplying fails: by an exception, in Jᵀ, or in ⟨J w, u⟩ = ⟨w, Jᵀ u⟩; "" where it works."""
     try:
         pulled, pushed = way.pull(U), way.push(W)
@@ -251,22 +252,22 @@ def _disagreement(way: Linearisation, U: Tensor, W: Tangents, reference: Tangent
     except TRANSFORM_ERRORS as error:
         return suspects.first_line(error)
     scale = largest(*reference.values())
-    if any(differs(pulled[name], g, scale=scale) for name, g in reference.items()):
+    if any(rounding.separates(pulled[name], g, scale=scale) for name, g in reference.items()):
         return "its gradient differs from that of plain autograd"
     left = torch.einsum("abc,dbc->ad", U.double(), pushed.double())
     right = torch.stack([_flat(g) @ _flat(W[name]).mT for name, g in pulled.items()]).sum(0)
     norms = U.double().flatten(1).norm(dim=1)[:, None] * pushed.double().flatten(1).norm(dim=1)
-    is_adjoint = ((left - right).abs() <= EPS_FACTOR * torch.finfo(U.dtype).eps * norms).all()
+    is_adjoint = ((left - right).abs() <= rounding.bound * norms).all()
     return "" if is_adjoint else "forward and reverse mode disagree"
 
 
 def _vectorises(
-    model: FunctionalModel, x: Tensor, by_example: list[Tangents], caught: list[warnings.WarningMessage]
+    model: FunctionalModel, forward: ForwardPass, by_example: list[Tangents], caught: list[warnings.WarningMessage]
 ) -> bool:
     """Whether the gradients of single examples can be had by one vectorised call, at its full speed."""
     num_warnings = len(caught)
     try:
-        stacked = example_gradients(model, x, _cotangents(model(model.params, x)))
+        stacked = example_gradients(model, forward.x, _cotangents(forward.output))
     except torch.OutOfMemoryError:
         raise
     except TRANSFORM_ERRORS:
@@ -275,7 +276,7 @@ def _vectorises(
         return False  # torch would loop over the examples, and say so at every call
     scale = max(largest(*g.values()) for g in by_example)
     return not any(
-        differs(stacked[name][i] * _weight(i), g, scale=scale)
+        forward.rounding.separates(stacked[name][i] * _weight(i), g, scale=scale)
         for i, row in enumerate(by_example)
         for name, g in row.items()
     )

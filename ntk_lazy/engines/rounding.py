@@ -2,35 +2,52 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Self, final
+
 import torch
 from torch import Tensor
 
 # Rounding through a deep network stays under this many eps of the largest entry; the faults that are looked
 # for (dropout, batch statistics, a missing derivative) are larger by orders of magnitude.
-EPS_FACTOR = 1e4
+_EPS_FACTOR = 1e4
 
 
-def differs(found: Tensor, expected: Tensor, *, scale: float = 0.0) -> bool:
-    """Whether a tensor differs from a finite one by more than rounding.
+@final
+@dataclass(frozen=True)
+class Rounding:
+    """What rounding may do to a result.
 
-    Args:
-        found: Any tensor.
-        expected: What it should be.
-        scale: Largest entry that rounding is measured against, where ``expected`` is one part of a whole.
+    Attributes:
+        bound: Relative to the largest entry.
     """
-    if found.shape != expected.shape:
-        return True
-    if not expected.is_floating_point():
-        return not torch.equal(found, expected)
-    if expected.numel() == 0:
-        return False
-    bound = EPS_FACTOR * torch.finfo(expected.dtype).eps * max(largest(expected), scale)
-    return not largest(found - expected) <= bound  # written so that a NaN differs
+
+    bound: float
+
+    @classmethod
+    def of(cls, tensors: Iterable[Tensor]) -> Self:
+        """Take the bound of the coarsest dtype that a computation goes through."""
+        eps = max((torch.finfo(t.dtype).eps for t in tensors if t.is_floating_point()), default=0.0)
+        return cls(_EPS_FACTOR * eps)
+
+    def separates(self, found: Tensor, expected: Tensor, *, scale: float = 0.0) -> bool:
+        """Whether a tensor differs from a finite one by more than rounding.
+
+        Args:
+            found: Any tensor.
+            expected: What it should be.
+            scale: Largest entry that rounding is measured against, where ``expected`` is one part of a whole.
+        """
+        if found.shape != expected.shape:
+            return True
+        # Written so that a NaN differs.
+        return not largest(found - expected) <= self.bound * max(largest(expected), scale)
 
 
 def largest(*tensors: Tensor) -> float:
-    """Return the largest magnitude in some tensors, 0 for empty ones."""
-    return max((float(t.abs().max()) for t in tensors if t.numel()), default=0.0)
+    """Return the largest magnitude in some tensors, 0 for empty ones, NaN if one holds a NaN."""
+    return float(torch.tensor([float(t.abs().max()) for t in tensors if t.numel()] or [0.0]).max())
 
 
 def noise(shape: tuple[int, ...], *, like: Tensor, seed: int) -> Tensor:

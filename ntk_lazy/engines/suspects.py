@@ -16,7 +16,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import override
 
-from ntk_lazy.engines.rounding import EPS_FACTOR, noise
+from ntk_lazy.engines.rounding import Rounding, noise
 from ntk_lazy.model import as_ieee
 
 # What a transform of functions raises where it meets an operation that it has no rule for. The module has run
@@ -194,8 +194,8 @@ def _try_forward_mode(call: Call) -> str | None:
     forward = _inner(pushed, cotangents)
     reverse = sum(_inner(p.values(), t.values()) for p, t in zip(pulled, tangents, strict=True))
     scale = (_inner(pushed, pushed) * _inner(cotangents, cotangents)) ** 0.5
-    eps = max((torch.finfo(t.dtype).eps for t in values), default=0.0)
-    return "forward and reverse mode disagree" if abs(forward - reverse) > EPS_FACTOR * eps * scale else None
+    rounding = Rounding.of((*values, *params.values()))
+    return "forward and reverse mode disagree" if abs(forward - reverse) > rounding.bound * scale else None
 
 
 def _floating_tensors(returned: Any) -> Iterator[Tensor]:
