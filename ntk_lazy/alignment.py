@@ -189,8 +189,10 @@ def kernel_distance(
     value, error = _cosine_distance(total).item(), 0.0
     if m:
         others = sampled.exact + (sampled.samples.sum(0) - sampled.samples) / (m - 1)
-        error = jackknife_error(_cosine_distance(others))
-    return Estimate(value=value, standard_error=error, num_products=sampled.num_products)
+        # Products that are off by eps turn each kernel by about eps, and move a distance S by eps · sqrt(2 S).
+        eps = torch.finfo(K1.dtype).eps
+        error = max(jackknife_error(_cosine_distance(others)), eps * (2 * abs(value)) ** 0.5 + eps**2)
+    return Estimate(value=max(value, 0.0), standard_error=error, num_products=sampled.num_products)
 
 
 def _cosine_distance(products: Float64[Tensor, "*m 2 2"]) -> Float64[Tensor, "*m"]:

@@ -63,7 +63,8 @@ def quadratic_form(A: Operator, V: Block, rows: Rows) -> Tensor:
     The half product keeps forms much smaller than ``λ_1 ‖v‖²`` accurate, where ``vᵀ(A v)`` drowns in the
     rounding of the product.
     """
-    half_gram = getattr(A, "half_gram", None)
+    # A kernel between two sets of points that happen to be the same has no halves that it knows to be the same.
+    half_gram = getattr(A, "half_gram", None) if getattr(A, "is_symmetric", True) else None
     if half_gram is not None:
         form = cast("Tensor", half_gram(V.to(A.device, A.dtype))).double().cpu()
     else:

@@ -23,6 +23,8 @@ from ntk_lazy.shapes import Block
 
 # Seeds of the samples must differ from those of the sketch, or the samples would see what the sketch has seen.
 _SAMPLE_SEED = 7919
+# Of a norm, in units of the dtype: what products and eigenvalues are off by where nothing is left to sample.
+_ROUNDING = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +111,7 @@ def frobenius_norm(
     value = (exact + samples.mean()).sqrt().item()
     if value == 0:
         return Estimate(value=0.0, standard_error=0.0, num_products=num_products)
-    error = max(error_of_mean(samples) / (2 * value), torch.finfo(A.dtype).eps * value)
+    error = max(error_of_mean(samples) / (2 * value), _ROUNDING * torch.finfo(A.dtype).eps * value)
     return Estimate(value=value, standard_error=error, num_products=num_products)
 
 
@@ -185,7 +187,7 @@ def _leading(
         return blocks[0]
     W = torch.cat(blocks, dim=1)
     # Vectors that two operators share leave fewer directions than columns; none is drawn to make up for them.
-    return orthonormalise(W, W[:, :0], rows=rows, width=W.shape[1], draw=lambda _: W[:, :0]).Q
+    return orthonormalise(W, [], rows=rows, width=W.shape[1], draw=lambda _: W[:, :0]).Q
 
 
 def _samples_beside(U: Block, rows: Rows, num_samples: int, seed: int) -> Block:
@@ -194,7 +196,7 @@ def _samples_beside(U: Block, rows: Rows, num_samples: int, seed: int) -> Block:
     if room <= 0:
         return U[:, :0]
     W = rows.random_block(num_samples, seed=seed + _SAMPLE_SEED, dtype=U.dtype, device=U.device)
-    project_out_(W, U, rows=rows)
+    project_out_(W, [U], rows=rows)
     return combine(W, torch.diag(room**0.5 / column_norms(W, rows=rows)))
 
 

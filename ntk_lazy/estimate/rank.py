@@ -26,8 +26,8 @@ def effective_rank(
 ) -> Estimate:
     """Measure how many eigenvalues of equal size the spectrum amounts to; say which definition you report.
 
-    The three lie far apart when one eigenvalue dominates, and always
-    ``stable ≤ trace ≤ participation² / stable``. All are at least 1 and at most the rank.
+    Always ``1 ≤ stable ≤ trace ≤ participation ≤ rank``, ``trace`` the geometric mean of its neighbours; they lie far
+    apart when one eigenvalue dominates.
 
     Args:
         A: Symmetric and positive semi-definite.
