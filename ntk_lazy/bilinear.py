@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import final
 
 import torch
 from torch import Tensor
 
-from ntk_lazy.engines.contract import X1, X2
+from ntk_lazy.engines.contract import X1, X2, Engine
+from ntk_lazy.shapes import Block
 from ntk_lazy.side import Side
-
-__all__ = ["X1", "X2", "BilinearGradient"]
 
 
 @final
@@ -20,21 +18,52 @@ class BilinearGradient:
 
     Attributes:
         value: ``sum_d u_dᵀ J1 J2ᵀ v_d`` so far.
-        by_name: Its gradient so far; for the inputs in the shape of the batched inputs.
     """
 
-    def __init__(self, sides: tuple[Side, Side]) -> None:
-        self.by_name: dict[str, Tensor] = {}
-        self.value: Tensor = torch.zeros(())
-        self._inputs = {X1: sides[0].x, X2: sides[1].x}
+    def __init__(self, side1: Side, side2: Side | None) -> None:
+        self.value: Tensor = torch.zeros((), dtype=torch.float64)
+        self._inputs = {X1: side1.x} if side2 is None else {X1: side1.x, X2: side2.x}
+        self._by_name: dict[str, Tensor] = {}
 
-    def add(self, index: tuple[int, ...], value: Tensor, gradient: Mapping[str, Tensor]) -> None:
-        """Add the part of the kernel at ``index`` of the batch."""
+    def add(
+        self,
+        engine: Engine,
+        index: tuple[int, ...],
+        sides: tuple[Side, Side],
+        blocks: tuple[Block, Block],
+        *,
+        wrt: set[str],
+    ) -> None:
+        """Add the part of one kernel.
+
+        Args:
+            engine: Of the model.
+            index: Where the kernel lies in the batch of the blocks.
+            sides: Its rows and its columns.
+            blocks: U and V, on the rows of the sides.
+            wrt: Names of parameters and constants, ``X1``, ``X2``; with one side, X1 means both of its roles.
+        """
+        is_symmetric = X2 not in self._inputs
+        U, V = sides[0].scatter(blocks[0]), sides[1].scatter(blocks[1])
+        names = wrt | {X2} if is_symmetric and X1 in wrt else wrt
+        value, gradient = engine.bilinear_gradient(sides[0].x, sides[1].x, U, V, wrt=names)
         self.value = self.value.to(value) + value
         for name, part in gradient.items():
-            if name in self._inputs:
-                if name not in self.by_name:
-                    self.by_name[name] = torch.zeros_like(self._inputs[name], requires_grad=False).contiguous()
-                self.by_name[name][index] += part
+            if name in (X1, X2):
+                self._add_input(X1 if is_symmetric else name, sides[0], index, part)
             else:
-                self.by_name[name] = self.by_name[name] + part if name in self.by_name else part
+                self._by_name[name] = self._by_name[name] + part if name in self._by_name else part
+
+    def gradient(self, name: str) -> Tensor | None:
+        """The gradient for one name, None where there is none."""
+        return self._by_name.get(name)
+
+    def _add_input(self, name: str, side: Side, index: tuple[int, ...], part: Tensor) -> None:
+        """Add to the gradient of the inputs; a dimension that was broadcast is summed over."""
+        x = self._inputs[name]
+        own = x.shape[: x.ndim - 1 - side.example_dims]
+        inner = index[len(index) - len(own) :] if own else ()
+        place = tuple(0 if size == 1 else i for size, i in zip(own, inner, strict=True))
+        if name not in self._by_name:
+            self._by_name[name] = torch.zeros_like(x, requires_grad=False).contiguous()
+        self._by_name[name][place] += part

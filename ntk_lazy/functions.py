@@ -22,20 +22,20 @@ class Entries(torch.autograd.Function):
     def forward(ctx: Any, tree: Callable[..., Any], index: tuple[Tensor, ...], *tensors: Tensor) -> Tensor:
         ctx.tree, ctx.index = tree, index
         ctx.save_for_backward(*tensors)
-        return tree(*tensors).read_entries(*index)
+        return tree(*tensors).gramian.entries(*index)
 
     @staticmethod
     @override
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         tensors = _leaves(ctx)
-        operator = ctx.tree(*tensors)
+        gramian = ctx.tree(*tensors).gramian
         asked = [t for t in tensors if t.requires_grad]
         total: list[Tensor | None] = [None] * len(asked)
         upstream = grads[0].reshape(-1)
         flat = [i.reshape(-1) for i in ctx.index]
-        for chunk in operator.entry_chunks(upstream.shape[0]):
+        for chunk in gramian.engine.row_chunks(upstream.shape[0]):
             with torch.enable_grad():
-                weighted = (operator.read_entries(*(i[chunk] for i in flat)) * upstream[chunk]).sum()
+                weighted = (gramian.entries(*(i[chunk] for i in flat)) * upstream[chunk]).sum()
             parts = torch.autograd.grad(weighted, asked, allow_unused=True)
             total = [p if t is None else t if p is None else t + p for t, p in zip(total, parts, strict=True)]
         found = iter(total)
@@ -50,7 +50,7 @@ class Dense(torch.autograd.Function):
     def forward(ctx: Any, tree: Callable[..., Any], *tensors: Tensor) -> Tensor:
         ctx.tree = tree
         ctx.save_for_backward(*tensors)
-        return tree(*tensors).write_down()
+        return tree(*tensors).gramian.dense()
 
     @staticmethod
     @override

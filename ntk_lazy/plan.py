@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import Literal, TypeAlias
 
 import torch
 
 from ntk_lazy.engines.autodiff import AutodiffEngine
 from ntk_lazy.engines.chunks import Chunks
-from ntk_lazy.engines.contract import Preflight
+from ntk_lazy.engines.contract import Engine, Preflight
 from ntk_lazy.errors import ArgumentError
 from ntk_lazy.model import FunctionalModel
 from ntk_lazy.outputs import OutputLayout
@@ -37,7 +38,7 @@ class EngineSettings:
         if self.engine not in ("auto", "autodiff"):
             raise ArgumentError(f"engine must be 'auto' or 'autodiff', not {self.engine!r}.")
 
-    def build(self, model: FunctionalModel, layout: OutputLayout, preflight: Preflight) -> AutodiffEngine:
+    def build(self, model: FunctionalModel, layout: OutputLayout, preflight: Preflight) -> Engine:
         """Build the engine for a model that has passed its preflight."""
         return AutodiffEngine(model, layout, preflight=preflight, budget=self.memory_budget, chunk_size=self.chunk_size)
 
@@ -48,50 +49,62 @@ class Plan:
 
     Attributes:
         shape: Shape of K.
-        num_examples: N on the side of the rows.
-        num_outputs: C.
+        num_examples: N on the side of the rows and on that of the columns.
+        layout: Which rows of K the outputs make.
         num_params: P.
         dtype: Of K.
         device: Of K.
-        engine: The engine that multiplies.
-        mode: How it multiplies with J.
+        preflight: What the check of the model found.
         num_columns: Columns that the plan is for.
         chunks: Examples and columns at once, and the bytes that they hold.
         memory_budget: Bytes allowed.
-        predicted_bytes: Held beside operands and result.
-        predicted_flops: About ``12 N P k`` for dense layers; a lower bound where parameters are shared.
-        dense_bytes: What K would take if it were written down.
-        notes: What the preflight found.
     """
 
     shape: tuple[int, ...]
-    num_examples: int
-    num_outputs: int
+    num_examples: tuple[int, int]
+    layout: OutputLayout
     num_params: int
     dtype: torch.dtype
     device: torch.device
-    engine: str
-    mode: str
+    preflight: Preflight
     num_columns: int
     chunks: Chunks
     memory_budget: int
-    predicted_bytes: int
-    predicted_flops: float
-    dense_bytes: int
-    notes: tuple[str, ...]
+
+    @property
+    def engine(self) -> str:
+        """The engine that multiplies."""
+        return "autodiff"
+
+    @property
+    def predicted_bytes(self) -> int:
+        """Bytes held beside operands and result while a product runs."""
+        return self.chunks.bytes
+
+    @property
+    def predicted_flops(self) -> float:
+        """``12 N P`` for each column and pass: exact for dense layers, a lower bound where parameters are shared."""
+        return 6.0 * sum(self.num_examples) * self.num_params * self.num_columns * self.layout.passes
+
+    @property
+    def dense_bytes(self) -> int:
+        """What K would take if it were written down."""
+        return prod(self.shape) * self.dtype.itemsize
 
     def __str__(self) -> str:
         shape = " x ".join(f"{size:,}" for size in self.shape)
+        examples = " and ".join(f"{n:,}" for n in dict.fromkeys(self.num_examples))
         lines = [
             f"NTK {shape}, {self.dtype}, on {self.device}",
-            f"  examples N = {self.num_examples:,}, outputs C = {self.num_outputs}, parameters P = {self.num_params:,}",
-            f"  engine     {self.engine} ({self.mode})",
-            f"  chunks     {self.chunks.examples:,} examples x {self.chunks.columns:,} of {self.num_columns:,} columns",
-            f"  memory     {_size(self.predicted_bytes)} predicted, {_size(self.memory_budget)} allowed; "
+            f"  rows     N = {examples} examples, C = {self.layout.num_outputs} outputs ({self.layout.mode!r}), "
+            f"P = {self.num_params:,} parameters",
+            f"  engine   {self.engine}, {self.preflight.mode}",
+            f"  chunks   {self.chunks.examples:,} examples x {self.chunks.columns:,} of {self.num_columns:,} columns",
+            f"  memory   {_size(self.predicted_bytes)} predicted, {_size(self.memory_budget)} allowed; "
             f"K written down would take {_size(self.dense_bytes)}",
-            f"  work       about {self.predicted_flops:.2g} flop for {self.num_columns:,} columns",
+            f"  work     about {self.predicted_flops:.2g} flop for {self.num_columns:,} columns",
         ]
-        return "\n".join([*lines, *(f"  note       {note}" for note in self.notes)])
+        return "\n".join([*lines, *(f"  note     {note}" for note in self.preflight.notes)])
 
 
 def _size(count: float) -> str:

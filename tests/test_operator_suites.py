@@ -33,9 +33,9 @@ def _dense(op: nl.NTKLinearOperator) -> Tensor:
     tensors = {n: t for n, t in op._differentiable_kwargs.items() if n[:2] in ("p.", "c.", "b.")}
     named = {n[2:]: t.detach() if n.startswith("b.") else t for n, t in tensors.items()}
     names = [n[2:] for n in tensors if n.startswith("p.")]
-    module = op._call.module
+    module = op.gramian.engine.model.call.module
     sides = []
-    for side in (op._side1, op._side2):
+    for side in (op.gramian.side1, op.gramian.columns):
         jacobians = []
         flat = side.x.reshape(-1, *side.x.shape[side.axis :])
         for x in flat:
@@ -57,7 +57,7 @@ def _dense(op: nl.NTKLinearOperator) -> Tensor:
             jacobians.append(jacobian if side.selected is None else jacobian[side.selected])
         sides.append(torch.stack(jacobians).reshape(*side.batch_shape, *jacobians[0].shape))
     K = sides[0] @ sides[1].mT
-    return K if op._scale is None else K * op._scale
+    return K if op.gramian.scale is None else K * op.gramian.scale
 
 
 class _Float64:
