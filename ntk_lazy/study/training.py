@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import Any, final
 
@@ -19,6 +20,11 @@ from ntk_lazy.study.config import StudyConfig
 _CURVE_POINTS = 2_000
 
 
+def loss_stride(config: StudyConfig) -> int:
+    """Return how many steps lie between two losses that are kept."""
+    return max(1, config.steps // _CURVE_POINTS)
+
+
 class DivergedError(NTKLazyError):
     """The training loss is no longer finite; the message says from which step on and what to do."""
 
@@ -33,6 +39,7 @@ class Training:
     Attributes:
         model: The network, changed in place by ``advance_to``.
         step: Steps taken.
+        seconds: Wall time spent on them, that of earlier processes included.
         losses: The training loss every ``stride`` steps, NaN where it is yet to come.
         stride: Steps between two entries of ``losses``.
     """
@@ -40,10 +47,17 @@ class Training:
     def __init__(self, model: nn.Module, x: Float[Tensor, "n d"], y: Float[Tensor, "n 1"], config: StudyConfig) -> None:
         self.model = model
         self.step = 0
-        self.stride = max(1, config.steps // _CURVE_POINTS)
+        self.seconds = 0.0
+        self.stride = loss_stride(config)
         self.losses = torch.full((config.steps // self.stride + 1,), torch.nan, dtype=torch.float64)
         self._x, self._y, self._config = x, y, config
         self._params = list(model.parameters())
+
+    @property
+    def last_loss(self) -> float:
+        """The latest loss that was kept; NaN before the first step."""
+        known = self.losses[self.losses.isfinite()]
+        return float(known[-1]) if len(known) else float("nan")
 
     def loss(self) -> Float[Tensor, ""]:
         """Evaluate ``1/(2N) Σ (f − y)²`` as a differentiable scalar."""
@@ -57,9 +71,11 @@ class Training:
         Raises:
             DivergedError: The loss stopped being finite.
         """
+        started = time.perf_counter()
         with ieee_precision(), torch.enable_grad():
             while self.step < step:
                 self._take_step()
+        self.seconds += time.perf_counter() - started
 
     def _take_step(self) -> None:
         loss = self.loss()
@@ -86,7 +102,11 @@ class Training:
 
     def save(self, path: Path) -> None:
         """Write parameters, losses and step, so that a reader finds the old file or the new one, never a mixture."""
-        write_tensors(path, {**self.state(), "losses": self.losses}, metadata={"step": str(self.step)})
+        write_tensors(
+            path,
+            {**self.state(), "losses": self.losses},
+            metadata={"step": str(self.step), "seconds": str(self.seconds)},
+        )
 
     def load(self, path: Path) -> None:
         """Go on from what ``save`` wrote.
@@ -98,7 +118,7 @@ class Training:
         try:
             self.losses = tensors.pop("losses")
             self.model.load_state_dict(tensors)
-            self.step = int(found["step"])
+            self.step, self.seconds = int(found["step"]), float(found["seconds"])
         except (KeyError, ValueError, RuntimeError) as error:
             raise ArgumentError(f"the checkpoint {path} does not fit this study: {error}") from error
 

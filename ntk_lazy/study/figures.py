@@ -1,0 +1,156 @@
+"""Curves of a study: eigenvalues, energies, scalars, and how well the pairs are known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter, PercentFormatter
+
+from ntk_lazy.records import SpectrumRecord
+from ntk_lazy.study.canvas import ACCENT, INK, MUTED, WARM, graded, new_figure, steps_axis
+from ntk_lazy.study.evidence import Evidence
+
+_INDICES = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
+_SHARES = (1, 5, 20, 50, 100, 200, 500, 1000)
+_NAMES = {"target": "target  E(y, k)", "output": "output  E(f, k)", "residual": "residual  E(m, k)"}
+
+
+def eigenvalues(evidence: Evidence) -> Figure:
+    """Draw λ_i over time under the bound 2N/δ, and δλ₁/N around 2."""
+    config, records = evidence.config, evidence.usable
+    figure, axes = new_figure(6.4, 2, 1, sharex=True, height_ratios=[2.1, 1])
+    upper, lower = axes[:, 0]
+    steps = np.array([r.step for r in records])
+    indices = [i for i in _INDICES if i <= min(len(r.values) for r in records)]
+    for i, colour in zip(indices, graded(len(indices)), strict=True):
+        values = np.array([r.values[i - 1] for r in records])
+        upper.plot(steps, values, "o-", color=colour)
+        upper.annotate(
+            f"λ$_{{{i}}}$", (steps[-1], values[-1]), (6, 0), textcoords="offset points", color=colour, va="center"
+        )
+    edges = np.array([*[s for s, _ in config.phases], config.steps])
+    bounds = [2 * config.num_points / config.lr_at(s) for s, _ in config.phases]
+    upper.stairs(bounds, edges, baseline=None, color=WARM, linestyle="--", linewidth=1.6, label="stability bound 2N/δ")
+    upper.set_yscale("log")
+    upper.set_ylabel("eigenvalue of  K = J Jᵀ")
+    upper.set_title("Eigenvalues grow until the first meets the stability bound")
+    upper.legend(loc="lower right")
+    steps_axis(upper, config, label=False)
+    lower.axhspan(1.8, 2.5, color=WARM, alpha=0.10, linewidth=0, label="claim C6: mean in [1.8, 2.5]")
+    lower.axhline(2, color=WARM, linestyle="--")
+    lower.plot(*evidence.curve("stability"), "o-", color=INK)
+    lower.set_ylabel("δ λ₁ / N")
+    lower.set_ylim(0, None)
+    lower.legend(loc="lower right")
+    steps_axis(lower, config)
+    return figure
+
+
+def energies_over_time(evidence: Evidence) -> Figure:
+    """Draw E(φ, k) over time for several k."""
+    figure, axes = new_figure(7.4, 3, 1, sharex=True)
+    shares = _available(evidence, _SHARES)
+    for panel, (name, title) in zip(axes[:, 0], _NAMES.items(), strict=True):
+        for k, colour in zip(shares, graded(len(shares)), strict=True):
+            panel.plot(*evidence.energy_curve(name, k), "o-", color=colour, label=f"k = {k}")
+        panel.set_title(title)
+        panel.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        panel.set_ylabel("relative energy")
+        panel.set_ylim(-0.03, 1.03)
+        steps_axis(panel, evidence.config, label=panel is axes[-1, 0])
+    axes[0, 0].legend(ncols=len(shares), loc="lower right", columnspacing=1.2, handlelength=1.2)
+    return figure
+
+
+def energies_over_index(evidence: Evidence) -> Figure:
+    """Draw E(φ, k) over k at several steps."""
+    chosen = _milestones(evidence)
+    figure, axes = new_figure(3.6, 1, 3, sharey=True)
+    for panel, (name, title) in zip(axes[0], _NAMES.items(), strict=True):
+        for record, colour in zip(chosen, graded(len(chosen), name="plasma"), strict=True):
+            curve = np.array(record.energies.get(name, ()))
+            trusted = min(record.num_trusted, len(curve))
+            index = np.arange(1, len(curve) + 1)
+            panel.plot(index[:trusted], curve[:trusted], color=colour, label=f"step {record.step:,}")
+            panel.plot(index[trusted:], curve[trusted:], color=colour, linestyle=":")
+        panel.set_xscale("log")
+        panel.set_title(title)
+        panel.set_xlabel("number of eigenvectors  k")
+        panel.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        panel.set_ylim(-0.03, 1.03)
+    axes[0, 0].set_ylabel("relative energy in the top k")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(chosen))
+    return figure
+
+
+def spectra(evidence: Evidence) -> Figure:
+    """Draw λ_i over i at several steps, and what each pair's residual is."""
+    chosen = _milestones(evidence)
+    figure, axes = new_figure(3.9, 1, 2)
+    left, right = axes[0]
+    for record, colour in zip(chosen, graded(len(chosen), name="plasma"), strict=True):
+        values, residuals = np.array(record.values), np.array(record.residual_norms)
+        index = np.arange(1, len(values) + 1)
+        left.plot(index, values, color=colour, label=f"step {record.step:,}")
+        left.axhline(record.noise_floor * values[0], color=colour, linestyle=":", linewidth=1)
+        right.plot(index, residuals / values, color=colour)
+    for panel in (left, right):
+        panel.set_xscale("log")
+        panel.set_yscale("log")
+        panel.set_xlabel("index  i")
+    left.set_title("Spectrum  (dotted: measured noise floor)")
+    left.set_ylabel("eigenvalue  λᵢ")
+    right.axhline(evidence.config.rtol, color=WARM, linestyle="--", label="tolerance")
+    right.set_title("Residual of each pair")
+    right.set_ylabel("‖K vᵢ − λᵢ vᵢ‖ / λᵢ")
+    right.legend(loc="lower right")
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=len(chosen))
+    return figure
+
+
+def scalars(evidence: Evidence) -> Figure:
+    """Draw loss, trace, effective rank, spectral position, kernel-target alignment and the first-order error."""
+    figure, axes = new_figure(6.6, 3, 2, sharex=True)
+    panels: list[tuple[str, str, str, Callable[[Axes], object]]] = [
+        ("loss", "Training loss", "1/(2N) Σ (f − y)²", lambda a: a.set_yscale("log")),
+        ("trace", "Trace of K", "tr K", lambda a: a.set_yscale("log")),
+        ("effective_rank", "Effective rank", "(tr K)² / ‖K‖²", lambda a: a.set_ylim(0, None)),
+        ("spectral_position", "Spectral position of the gradient", "χ", lambda a: a.set_yscale("log")),
+        ("kernel_target_alignment", "Kernel-target alignment", "yᵀKy / (‖K‖ ‖y‖²)", lambda a: a.set_ylim(0, None)),
+        ("first_order_error", "First-order dynamics", "relative error", lambda a: a.set_ylim(0, None)),
+    ]
+    for panel, (name, title, label, finish) in zip(axes.flat, panels, strict=True):
+        steps, values = evidence.curve(name)
+        panel.plot(steps, values, "o-", color=ACCENT)
+        deviations = [r.errors.get(name, 0.0) for r in evidence.usable if r.step in set(steps.tolist())]
+        if any(deviations):
+            panel.errorbar(steps, values, yerr=2 * np.array(deviations), fmt="none", ecolor=MUTED, capsize=2)
+        panel.set_title(title)
+        panel.set_ylabel(label)
+        finish(panel)
+        if panel.get_yscale() == "log":
+            panel.yaxis.set_minor_formatter(NullFormatter())
+        steps_axis(panel, evidence.config, label=False)
+    if evidence.losses is not None:
+        axes.flat[0].plot(*evidence.losses, color=MUTED, linewidth=0.8, zorder=0)
+    axes.flat[5].axhline(0.15, color=WARM, linestyle="--", label="claim C11: ≤ 0.15 off the edge")
+    axes.flat[5].legend(loc="upper right")
+    figure.supxlabel("training step  (square-root scale; dotted: δ halved)", fontsize=9.5)
+    return figure
+
+
+def _available(evidence: Evidence, wanted: tuple[int, ...]) -> list[int]:
+    most = max(len(r.values) for r in evidence.usable)
+    return [k for k in wanted if k <= most]
+
+
+def _milestones(evidence: Evidence) -> list[SpectrumRecord]:
+    """Choose the first record, two early ones, the end of each of at most three phases, and the last."""
+    ends = [end - 1 for _, end in evidence.config.phases[:-1]]
+    ends = [ends[i] for i in sorted({0, len(ends) - 1})] if ends else []
+    steps = dict.fromkeys([0, 100, 1_000, *ends, evidence.config.steps])
+    found = [r for s in sorted(steps) if (r := evidence.at(s)) is not None]
+    return found or list(evidence.usable[-1:])

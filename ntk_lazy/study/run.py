@@ -1,0 +1,144 @@
+"""Run a study from its settings to its measurements, or go on with one that was interrupted."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from pathlib import Path
+from typing import final
+
+import torch
+from torch import nn
+
+from ntk_lazy.errors import ArgumentError
+from ntk_lazy.records import SpectrumRecord, versions
+from ntk_lazy.study.config import StudyConfig
+from ntk_lazy.study.display import Display, Silent, describe
+from ntk_lazy.study.evidence import Evidence
+from ntk_lazy.study.folder import StudyFolder, write_text
+from ntk_lazy.study.network import build_network
+from ntk_lazy.study.portrait import draw_portrait
+from ntk_lazy.study.target import Target
+from ntk_lazy.study.training import Training
+from ntk_lazy.tracker import SpectrumTracker
+
+_CHECKPOINT_SECONDS = 10.0
+_STEPS_BETWEEN_LOOKS = 50
+
+
+def run_study(config: StudyConfig, folder: Path, *, display: Display | None = None) -> Evidence:
+    """Train, track the spectrum, and draw the portraits that the report needs.
+
+    A study that was interrupted, by Ctrl-C or by the end of its process, goes on from its last checkpoint, at
+    most ten seconds of training or one snapshot back, and ends as it would have ended.
+
+    Args:
+        config: The settings.
+        folder: Where everything is kept: new, empty, or that of a study with the same settings.
+        display: Who is told how far it is.
+
+    Returns:
+        What was measured; the same as ``Evidence.load``.
+
+    Raises:
+        ArgumentError: The settings cannot be met here, or the folder belongs to something else. Nothing is written then.
+        DivergedError: The training has diverged.
+    """
+    config.check_device()
+    target = Target.of(config)
+    place = StudyFolder(folder)
+    display = Silent() if display is None else display
+    is_resumed = place.claim(config)
+    run = _Run(config, place, target, display)
+    if is_resumed:
+        run.resume()
+    else:
+        write_text(place.environment, json.dumps(describe_environment(), indent=2) + "\n")
+    run.finish()
+    return Evidence.load(place)
+
+
+def describe_environment() -> dict[str, object]:
+    """List what the numbers and times of a study may depend on beside its settings."""
+    found: dict[str, object] = {
+        "platform": platform.platform(),
+        "processor": platform.processor() or platform.machine(),
+        "cpu_count": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "versions": versions(),
+    }
+    if torch.cuda.is_available():
+        found["cuda_device"] = torch.cuda.get_device_name()
+    return found
+
+
+@final
+class _Run:
+    """The parts of a running study."""
+
+    def __init__(self, config: StudyConfig, place: StudyFolder, target: Target, display: Display) -> None:
+        self._config, self._place, self._target, self._display = config, place, target, display
+        self._model: nn.Module = build_network(config)
+        self._training = Training(self._model, target.train_x, target.train_y, config)
+        self._tracker = SpectrumTracker(
+            target.train_x,
+            config.num_pairs,
+            folder=place.path,
+            schedule=config.snapshot_steps(),
+            keep_vectors=True,
+            rtol=config.rtol,
+            seed=config.seed,
+        )
+        self._saved_at = time.monotonic()
+
+    def resume(self) -> None:
+        """Go on from the checkpoint, if the interruption left one."""
+        if not self._place.checkpoint.exists():
+            return
+        self._training.load(self._place.checkpoint)
+        missing = [s for s in self._config.snapshot_steps() if s < self._training.step and self._tracker.due(s)]
+        if missing:
+            raise ArgumentError(
+                f"{self._place.records} lacks the snapshots of steps {missing}, which the training has passed. "
+                "Start again in another folder."
+            )
+        self._display.say(f"resumed at step {self._training.step:,}")
+
+    def finish(self) -> None:
+        """Take all steps and snapshots that are left."""
+        for step in self._config.snapshot_steps():
+            if step < self._training.step:
+                continue
+            self._train_to(step)
+            if self._tracker.due(step):
+                lr = self._config.lr_at(step)
+                record = self._tracker.record(self._model, step, lr=lr, target=self._target.train_y)
+                self._display.say(describe(record))
+            self._draw(step)
+            self._save()
+
+    def _train_to(self, step: int) -> None:
+        while self._training.step < step:
+            self._training.advance_to(min(step, self._training.step + _STEPS_BETWEEN_LOOKS))
+            self._display.progress(self._training.step, self._training.last_loss)
+            if time.monotonic() - self._saved_at > _CHECKPOINT_SECONDS:
+                self._save()
+
+    def _save(self) -> None:
+        self._training.save(self._place.checkpoint)
+        self._saved_at = time.monotonic()
+
+    def _draw(self, step: int) -> None:
+        """Draw the portrait of the first or of the last network, unless there is one or no spectrum to draw from."""
+        path = {0: self._place.before, self._config.steps: self._place.after}.get(step)
+        if path is None or path.exists() or not self._record_of(step).is_usable:
+            return
+        pairs = self._tracker.pairs
+        assert pairs is not None
+        self._display.say(f"step {step:>7,}  eigenfunctions on {self._target.picture.size:,} pixels")
+        draw_portrait(self._model, pairs, self._target, self._config, step=step).save(path)
+
+    def _record_of(self, step: int) -> SpectrumRecord:
+        return next(r for r in self._tracker.records if r.step == step)
