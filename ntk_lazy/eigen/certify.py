@@ -17,7 +17,9 @@ from ntk_lazy.errors import ArgumentError
 from ntk_lazy.linalg import column_norms, combine, gram, rayleigh_ritz
 from ntk_lazy.shapes import Block
 
-_AUDIT_COLUMNS = 8
+_AUDIT_COLUMNS = {torch.float32: 8, torch.float64: 1}
+# Rounding of float64 stays far below any sensible tolerance: one column is enough to see that the operator still
+# is what it was. That of float32 differs from pair to pair and must be told apart by size of the value.
 
 
 @dataclass(frozen=True)
@@ -54,11 +56,11 @@ def certify(
     The products of the search know ``A x`` for the exact combination of basis vectors. What is handed out is that
     combination rounded to the dtype of the operator, and the rounding leaks onto the largest eigenvector.
     Where few pairs are wanted (``k <= 4 fresh_width``), each is multiplied afresh. Where many are, fresh products
-    of eight random combinations of neighbouring pairs measure the difference between the two, and only pairs
+    of a few random combinations of neighbouring pairs measure the difference between the two, and only pairs
     for which it matters are multiplied one by one.
 
-    Cost: ``k`` products or ``8`` plus those that were in doubt; ``k`` half products where offered; ``k`` long
-        vectors and two blocks.
+    Cost: ``k`` products, or 8 (1 in float64) plus those that were in doubt; ``k`` half products where
+        offered; ``k`` long vectors and two blocks.
     """
     coefficients = pairs.coefficients[:, :num_wanted]
     theta = pairs.theta[:num_wanted]
@@ -74,7 +76,7 @@ def certify(
     doubtful = torch.ones(k, dtype=torch.bool)
     is_measured = False
     if k > 4 * fresh_width:
-        if not product.affords(_AUDIT_COLUMNS):
+        if not product.affords(_AUDIT_COLUMNS[X.dtype]):
             return CertifiedPairs(theta, X, residuals, noise, is_measured)
         floor = criterion.noise_floor * pairs.spread
         noise = _audit(theta, coefficients, X, floor, method=method, product=product, draw=draw)
@@ -82,7 +84,7 @@ def certify(
         residuals = torch.hypot(residuals, noise)
         doubtful = ~criterion.met(theta, residuals, pairs.spread)
     index = doubtful.nonzero().flatten()
-    width = max(1, fresh_width, _AUDIT_COLUMNS)
+    width = max(8, fresh_width)
     for begin in range(0, len(index), width):
         chosen = index[begin : begin + width]
         if not product.affords(len(chosen)):
@@ -137,7 +139,7 @@ def _audit(
     """
     k = theta.numel()
     size = theta.abs().clamp_min(max(floor, torch.finfo(torch.float64).tiny))
-    groups = torch.arange(k).tensor_split(min(k, _AUDIT_COLUMNS))
+    groups = torch.arange(k).tensor_split(min(k, _AUDIT_COLUMNS[X.dtype]))
     signs = draw.mixing(k, 1).sign().flatten()
     S = torch.zeros(k, len(groups), dtype=torch.float64)
     smallest = torch.empty(len(groups), dtype=torch.float64)
@@ -149,5 +151,9 @@ def _audit(
     relative = column_norms(fresh - method.combine_images(coefficients @ S), rows=product.rows) / smallest
     noise = torch.empty_like(theta)
     for column, members in enumerate(groups):
-        noise[members] = relative[column] / len(members) ** 0.5 * size[members]
+        each = relative[column] / len(members) ** 0.5 * size[members]
+        # Members much larger than the smallest hardly count in the sum; what is rounding as a whole is bounded by the
+        # noise floor for each of them. A larger difference is no rounding, and stands.
+        is_rounding = relative[column] * smallest[column] <= floor
+        noise[members] = each.clamp_max(floor) if is_rounding else each
     return noise

@@ -38,6 +38,11 @@ class Criterion:
         return residuals <= self.tolerances(theta, spread)
 
 
-def least_noise(dtype: torch.dtype) -> float:
-    """Noise that is assumed where less was measured: a sum in a lucky order measures none."""
-    return float(_FLOOR_IN_EPS * torch.finfo(dtype).eps)
+def least_noise(dtype: torch.dtype, num_rows: int) -> float:
+    """Noise that is assumed where less was measured: a sum in a lucky order measures none.
+
+    Eight units of rounding of the products, and ``√n`` of the float64 algebra, whose backward error grows so in
+    practice; the second matters for float64 operators alone.
+    """
+    own = _FLOOR_IN_EPS * torch.finfo(dtype).eps
+    return float(own + num_rows**0.5 * torch.finfo(torch.float64).eps)

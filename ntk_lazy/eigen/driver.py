@@ -9,7 +9,7 @@ import torch
 
 from ntk_lazy.eigen.bounds import error_bounds
 from ntk_lazy.eigen.certify import CertifiedPairs, certify
-from ntk_lazy.eigen.criterion import Criterion, least_noise
+from ntk_lazy.eigen.criterion import Criterion
 from ntk_lazy.eigen.iteration import Iteration, RitzPairs
 from ntk_lazy.eigen.product import Product
 from ntk_lazy.eigen.progress import Callback, SolveState
@@ -76,7 +76,7 @@ class Search:
     @property
     def criterion(self) -> Criterion:
         """The test that pairs must pass, with the noise measured so far."""
-        floor = max(least_noise(self.draw.dtype), self.product.noise)
+        floor = self.product.noise_floor
         return Criterion(rtol=self.task.rtol, noise_floor=floor)
 
     def run(self) -> EigenResult:

