@@ -66,7 +66,8 @@ class Learning:
         output = evaluate(functional, functional.params, inputs)
         if target.numel() != output.numel():
             raise ShapeError(
-                f"the target has shape {tuple(target.shape)}, but the model returns {tuple(output.shape)} on the probes."
+                f"the target has shape {tuple(target.shape)}, but the model returns {tuple(output.shape)} on the "
+                "probes."
             )
         target = target.detach().to(output).reshape(output.shape)
         if outputs != "trace":
@@ -81,7 +82,7 @@ class Learning:
 
     @property
     def _factor(self) -> float:
-        """c in ``∂L/∂f = c (f − y)``."""
+        """The factor c in ``∂L/∂f = c (f − y)``."""
         K = self.kernel
         return loss_factor(self.reduction, num_examples=K.num_examples, num_outputs=K.num_outputs)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Container
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, final
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ntk_lazy.alignment import kernel_target_alignment
 from ntk_lazy.dynamics import LossReduction, stability
-from ntk_lazy.eigen import EigenResult, Solver, eigsh
+from ntk_lazy.eigen import EigenResult, Solver, SolveState, eigsh
 from ntk_lazy.errors import ArgumentError, NTKLazyError, ShapeError
 from ntk_lazy.estimate import effective_rank, frobenius_norm, trace
 from ntk_lazy.kernel import ntk
@@ -29,8 +29,12 @@ from ntk_lazy.records import Provenance, SpectrumRecord, append_record, read_rec
 
 _LOG = logging.getLogger(__name__)
 # What a solve may end with that is no fault of the training loop. An exception of the user's model is not among them.
-# (torch.linalg.LinAlgError is a RuntimeError of its own class.)
-_SOLVE_ERRORS = (NTKLazyError, torch._C._LinAlgError, torch.OutOfMemoryError, MemoryError)
+_SOLVE_ERRORS: tuple[type[Exception], ...] = (
+    NTKLazyError,
+    torch.linalg.LinAlgError,  # type: ignore[attr-defined]
+    torch.OutOfMemoryError,
+    MemoryError,
+)
 
 
 @final
@@ -76,7 +80,7 @@ class SpectrumTracker:
     user's own model raises reaches the user. Model, mode, gradients and the global RNG are left as they were.
 
     Attributes:
-        probes: The examples, N of them: a Tensor, an array, or Probes. Often, but not necessarily, those of the training.
+        probes: The examples, N of them: a Tensor, an array, or Probes. Often those of the training.
         k: Pairs in each record; all n if there are fewer rows.
         folder: Where ``spectrum.jsonl`` is kept. A folder that holds records already is gone on with, provided that
             they were made with the same probes. None keeps the records in memory only.
@@ -91,6 +95,7 @@ class SpectrumTracker:
         rtol: As in ``eigsh``.
         seed: Of the solver.
         reduction: How the loss of the training is reduced; moves the stability bound by 2 or by C.
+        progress: As in ``eigsh``.
         records: What has been recorded, in the order of recording.
     """
 
@@ -107,6 +112,7 @@ class SpectrumTracker:
     rtol: float = 1e-3
     seed: int = 0
     reduction: LossReduction = "half_mean"
+    progress: bool | Callable[[SolveState], object] = False
     records: list[SpectrumRecord] = field(default_factory=list, init=False)
     _pairs: EigenResult | None = field(default=None, init=False, repr=False)
 
@@ -190,7 +196,16 @@ class SpectrumTracker:
         if self._pairs is not None and self._pairs.vectors.shape[0] == K.shape[0]:
             start = self._pairs.vectors.to(K.device, K.dtype)
         k = min(self.k, K.shape[0])
-        return eigsh(K, k, solver=self.solver, rtol=self.rtol, start=start, seed=self.seed, on_unconverged="return")
+        return eigsh(
+            K,
+            k,
+            solver=self.solver,
+            rtol=self.rtol,
+            start=start,
+            seed=self.seed,
+            on_unconverged="return",
+            progress=self.progress,
+        )
 
     def _measure(
         self, model: nn.Module, K: NTKLinearOperator, pairs: EigenResult, lr: float | None, target: Tensor | None
@@ -246,8 +261,8 @@ class SpectrumTracker:
         for record in self.records:
             if record.provenance.probes != self._fingerprint:
                 raise ArgumentError(
-                    f"{path} holds records of other probes ({record.provenance.probes}, these are {self._fingerprint}). "
-                    "Choose another folder."
+                    f"{path} holds records of other probes ({record.provenance.probes}, and these are "
+                    f"{self._fingerprint}). Choose another folder."
                 )
         kept = [r.vectors for r in self.records if r.vectors is not None]
         if kept:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -165,7 +166,7 @@ def _spectrum_grows(evidence: Evidence) -> _Finding:
         raise _UndecidedError("needs 100 pairs at the first and the last step of phase 1")
     series = [(r.values[9], r.values[99], r.scalar("trace")) for r in evidence.usable]
     _need(*(v for row in series for v in row))
-    falls = min(b / a for old, new in zip(series[:-1], series[1:], strict=True) for a, b in zip(old, new, strict=True))
+    falls = min(b / a for old, new in itertools.pairwise(series) for a, b in zip(old, new, strict=True))
     first, last = series[0], (at_end.values[9], at_end.values[99], at_end.scalar("trace"))
     growth = [b / a for a, b in zip(first, last, strict=True)]
     passed = falls >= 0.8 and all(g >= least for g, least in zip(growth, (50, 100, 10), strict=True))

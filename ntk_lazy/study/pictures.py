@@ -41,7 +41,8 @@ def eigenfunctions(portrait: Portrait) -> Figure:
         function = portrait.functions[index].double().numpy()
         # The sign of an eigenvector is arbitrary: brighter than the mean at most of its weight.
         sign = np.sign(np.sum(function**3)) or 1.0
-        title = f"ψ$_{{{index + 1}}}$   λ = {float(portrait.values[index]):.3g} (1 ± {portrait.relative_residuals[index]:.0e})"
+        value, residual = float(portrait.values[index]), float(portrait.relative_residuals[index])
+        title = f"ψ$_{{{index + 1}}}$   λ = {value:.3g}   residual {residual:.0e}"
         image = _show(panel, sign * function, 3.0, title=title)
     if image is not None:
         figure.colorbar(

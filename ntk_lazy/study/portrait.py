@@ -16,7 +16,6 @@ from ntk_lazy.alignment import relative_energy
 from ntk_lazy.eigen import EigenResult
 from ntk_lazy.eigenfunctions import eigenfunctions, kernel_slice, radial_spectrum
 from ntk_lazy.kernel import ntk
-from ntk_lazy.model import FunctionalModel
 from ntk_lazy.operator import NTKLinearOperator
 from ntk_lazy.precision import ieee_precision
 from ntk_lazy.study.config import StudyConfig
@@ -45,7 +44,7 @@ class Portrait:
         kernel_slice: ``K(x0, ·)`` on the coarse grid, x0 half-way between centre and corner.
         gradient_norms: ``‖∇_θ f‖`` on the coarse grid.
         mean_frequencies: Mean radial frequency of the first eigenfunctions on the coarse grid, in cycles per width.
-        spectra: Radial power of target, output, residual and the drawn eigenfunctions, each of sum 1, ``(3 + p, rings)``.
+        spectra: Radial power of target, output, residual and drawn eigenfunctions, of sum 1 each; ``(3 + p, rings)``.
         test_energy: ``E(y, 1..k)`` of the extended eigenfunctions on the test points, ``(k,)``.
         null_energy: Energy in all pairs of a Gaussian function and of shuffled labels, ``(2,)``.
         scalars: target_frequency, residual_frequency, frequency_order, target_correlation, edge_auc and

@@ -43,7 +43,7 @@ def run_study(config: StudyConfig, folder: Path, *, display: Display | None = No
         What was measured; the same as ``Evidence.load``.
 
     Raises:
-        ArgumentError: The settings cannot be met here, or the folder belongs to something else. Nothing is written then.
+        ArgumentError: The settings cannot be met here, or the folder is not theirs. Nothing is written then.
         DivergedError: The training has diverged.
     """
     config.check_device()

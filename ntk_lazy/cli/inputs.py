@@ -1,0 +1,136 @@
+"""What the user names on the command line: a model, weights, data; loaded, checked, or refused in one line."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ntk_lazy.errors import ArgumentError, NonFiniteError, ShapeError
+
+# What a factory or a forward pass may end with when it is given the wrong thing; a traceback would not help its user.
+_USER_ERRORS = (
+    RuntimeError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+    OSError,
+)
+
+
+def load_model(spec: str, weights: Path | None, *, device: str) -> nn.Module:
+    """Make the model that ``package.module:factory`` names, in eval mode, with its weights.
+
+    Args:
+        spec: A module of Python, found from the working directory too, and the name of a factory or of a Module in it.
+        weights: safetensors or a torch file with a state dict; None keeps the weights of the factory.
+        device: Where to put it.
+
+    Raises:
+        ArgumentError: Whatever is wrong, named.
+    """
+    model = _make(spec)
+    if weights is not None:
+        try:
+            model.load_state_dict(_read_weights(weights))
+        except (RuntimeError, TypeError) as error:
+            raise ArgumentError(f"the weights {weights} do not fit {spec}: {error}") from error
+    try:
+        return model.to(device).eval()
+    except (RuntimeError, AssertionError) as error:
+        raise ArgumentError(f"device {device!r} cannot be used: {error}") from error
+
+
+def load_array(path: Path, *, name: str) -> Tensor:
+    """Read a ``.npy`` file.
+
+    Raises:
+        ArgumentError: It is missing, or no array of numbers.
+        NonFiniteError: It holds a NaN or an infinity.
+    """
+    if not path.is_file():
+        raise ArgumentError(f"{name}: there is no file {path}.")
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise ArgumentError(f"{name}: {path} is not an .npy array of numbers: {error}") from error
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiub" or array.ndim == 0:
+        raise ArgumentError(f"{name}: {path} is not one .npy array of real numbers with a dimension of examples.")
+    if array.size == 0:
+        raise ShapeError(f"{name}: {path} has shape {array.shape}, so that it holds nothing.")
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        bad = np.argwhere(~np.isfinite(array))[0]
+        raise NonFiniteError(f"{name}: {path} holds a NaN or an infinity, first at index {tuple(int(i) for i in bad)}.")
+    return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=True))
+
+
+def fit_data(model: nn.Module, data: Tensor) -> Tensor:
+    """Move data to the device and, if they are floating, to the dtype of the model.
+
+    Raises:
+        ArgumentError: The model has no parameters, or cannot be applied to the data.
+    """
+    parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
+    if parameter is None:
+        raise ArgumentError("the model has no parameters, so that it has no kernel.")
+    data = data.to(parameter.device, parameter.dtype if data.is_floating_point() else data.dtype)
+    try:
+        with torch.no_grad():
+            model(data[:2])
+    except _USER_ERRORS as error:
+        raise ArgumentError(
+            f"the model cannot be applied to data of shape {tuple(data.shape)} and dtype {data.dtype}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    return data
+
+
+def _make(spec: str) -> nn.Module:
+    module_name, colon, attribute = spec.partition(":")
+    if not (module_name and colon and attribute):
+        raise ArgumentError(f"--model is {spec!r}; package.module:factory is needed, for example mynet:build.")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        module = importlib.import_module(module_name)
+    except (ImportError, SyntaxError, *_USER_ERRORS) as error:
+        raise ArgumentError(f"--model: cannot import {module_name!r}: {type(error).__name__}: {error}") from error
+    found = getattr(module, attribute, None)
+    if found is None:
+        raise ArgumentError(f"--model: {module_name} has no {attribute!r}.")
+    if isinstance(found, nn.Module):
+        return found
+    if not callable(found):
+        raise ArgumentError(f"--model: {spec} is a {type(found).__name__}, neither a Module nor a factory of one.")
+    try:
+        model = found()
+    except _USER_ERRORS as error:
+        raise ArgumentError(f"--model: {spec}() failed: {type(error).__name__}: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"--model: {spec}() returned a {type(model).__name__}, and a torch.nn.Module is needed.")
+    return model
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise ArgumentError(f"--weights: there is no file {path}.")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        # Without pickled code: a file of weights must not be able to run anything.
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, OSError, *_USER_ERRORS) as error:
+        raise ArgumentError(f"--weights: cannot read {path}: {error}") from error
+    if not isinstance(found, dict):
+        raise ArgumentError(f"--weights: {path} holds a {type(found).__name__}, and a state dict is needed.")
+    return found

@@ -1,0 +1,65 @@
+"""Read the arguments, run one command, and turn errors into one line and an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from typing import NoReturn, final
+
+from typing_extensions import override
+
+from ntk_lazy.cli import model_commands, study_commands
+from ntk_lazy.errors import ArgumentError, NTKLazyError
+from ntk_lazy.records import versions
+
+_INTERRUPTED = 130  # what a shell reports for a process that Ctrl-C has ended
+_WRONG_INPUT = 2
+_FAILED = 1
+
+
+@final
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors take one line."""
+
+    @override
+    def error(self, message: str) -> NoReturn:
+        self.exit(_WRONG_INPUT, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Build the parser of all commands."""
+    parser = _Parser(
+        prog="ntk-lazy",
+        description="Spectra of the empirical neural tangent kernel, without ever writing it down.",
+        epilog="Each command has its own --help with a worked example.",
+    )
+    parser.add_argument("--version", action="version", version=f"ntk-lazy {versions().get('ntk-lazy', 'unknown')}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    study_commands.add_to(commands)
+    model_commands.add_to(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: Arguments without the program's name; those of the process by default.
+
+    Returns:
+        0; 1 if the work failed; 2 if the input was wrong; 130 if it was interrupted. Errors are one line on standard
+        error.
+    """
+    logging.basicConfig(level=logging.ERROR)
+    arguments = build_parser().parse_args(argv)
+    try:
+        return int(arguments.run(arguments))
+    except NTKLazyError as error:
+        message = " ".join(str(error).split())
+        sys.stderr.write(f"ntk-lazy: error: {message}\n")
+        return _WRONG_INPUT if isinstance(error, ArgumentError) else _FAILED
+    except KeyboardInterrupt:
+        sys.stderr.write("ntk-lazy: interrupted\n")
+        return _INTERRUPTED

@@ -1,0 +1,177 @@
+"""``ntk-lazy spectrum``, ``explain`` and ``doctor``: one model and one file of data of the user's."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from ntk_lazy.cli.inputs import fit_data, load_array, load_model
+from ntk_lazy.doctor import doctor
+from ntk_lazy.eigen import LOBPCG, Dense, Lanczos, Solver
+from ntk_lazy.errors import ArgumentError, ShapeError
+from ntk_lazy.kernel import ntk
+from ntk_lazy.outputs import OutputMode
+from ntk_lazy.records import SpectrumRecord
+from ntk_lazy.tracker import SpectrumTracker
+
+_SOLVERS: dict[str, Literal["auto"] | Solver] = {"auto": "auto", "lanczos": Lanczos(), "lobpcg": LOBPCG(), "dense": Dense()}
+_MODEL_NOTE = """
+mynet.py in the working directory holds a function build() that returns a torch.nn.Module; x.npy holds one example a
+row. The model is put into eval mode. Weights are a state dict in safetensors, or a torch file read without pickled code.
+"""
+_SPECTRUM_EXAMPLE = f"""\
+example:
+  ntk-lazy spectrum --model mynet:build --weights w.safetensors --data x.npy --target y.npy -k 200 --out spectra/mine
+      writes spectrum.jsonl (values, residuals, energies) and vectors/step-00000000.safetensors
+{_MODEL_NOTE}"""
+_EXPLAIN_EXAMPLE = f"""\
+example:
+  ntk-lazy explain --model mynet:build --data x.npy -k 200
+      engine, chunks, predicted bytes and flops of a product with 200 columns; nothing is multiplied
+{_MODEL_NOTE}"""
+_DOCTOR_EXAMPLE = f"""\
+example:
+  ntk-lazy doctor --model mynet:build --weights w.safetensors --data x.npy
+      whether the model has a kernel, how it would be computed, and the cure where it has none
+{_MODEL_NOTE}"""
+
+
+def add_to(commands: Any) -> None:
+    """Add the commands to the parser's."""
+    spectrum = _add(commands, "spectrum", "find the leading eigenpairs of a model of yours", _SPECTRUM_EXAMPLE)
+    spectrum.add_argument("-k", type=int, default=100, metavar="K", help="number of eigenpairs (default: 100)")
+    spectrum.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="new folder for the results")
+    spectrum.add_argument("--target", type=Path, metavar="FILE", help=".npy of shape (N,) or (N, C): measure alignment")
+    spectrum.add_argument("--lr", type=float, metavar="DELTA", help="learning rate, for the edge of stability")
+    spectrum.add_argument("--rtol", type=float, default=1e-3, help="residual relative to each value (default: 1e-3)")
+    spectrum.add_argument("--seed", type=int, default=0, help="seed of the solver (default: 0)")
+    spectrum.add_argument("--solver", choices=sorted(_SOLVERS), default="auto", help="default: auto")
+    spectrum.set_defaults(run=_spectrum)
+    explain = _add(commands, "explain", "say how a product would be computed", _EXPLAIN_EXAMPLE)
+    explain.add_argument("-k", type=int, default=1, metavar="K", help="columns of the product (default: 1)")
+    explain.set_defaults(run=_explain)
+    _add(commands, "doctor", "say whether a model has a kernel", _DOCTOR_EXAMPLE).set_defaults(run=_doctor)
+
+
+def _add(commands: Any, name: str, help_text: str, example: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=help_text,
+        description=help_text.capitalize() + ".",
+        epilog=example,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", required=True, metavar="MODULE:FACTORY", help="where the model comes from")
+    parser.add_argument("--weights", type=Path, metavar="FILE", help="state dict; default: what the factory made")
+    parser.add_argument("--data", type=Path, required=True, metavar="FILE", help=".npy, examples first")
+    parser.add_argument("--params", nargs="+", metavar="PATTERN", help="names or globs of the parameters of J")
+    parser.add_argument("--outputs", default="full", help="full, trace, sum or the index of one output (default: full)")
+    parser.add_argument("--memory-budget", metavar="BYTES", help="such as 4GB; default: a quarter of what is free")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: cpu)")
+    return parser
+
+
+def _load(arguments: argparse.Namespace) -> tuple[nn.Module, Tensor]:
+    data = load_array(arguments.data, name="--data")
+    model = load_model(arguments.model, arguments.weights, device=arguments.device)
+    return model, fit_data(model, data)
+
+
+def _spectrum(arguments: argparse.Namespace) -> int:
+    out: Path = arguments.out
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ArgumentError(f"--out {out} exists and is not an empty folder; choose another.")
+    target = None if arguments.target is None else load_array(arguments.target, name="--target")
+    model, data = _load(arguments)
+    if target is not None and target.shape[0] != data.shape[0]:
+        raise ShapeError(f"--target has shape {tuple(target.shape)}, but --data holds {data.shape[0]} examples.")
+    record = _record_into(out, arguments, model, data, target)
+    _print_record(record, out)
+    return 0 if record.status == "converged" else 1
+
+
+def _record_into(
+    out: Path, arguments: argparse.Namespace, model: nn.Module, data: Tensor, target: Tensor | None
+) -> SpectrumRecord:
+    """Solve into a folder beside the one asked for, and rename it: that one is whole or not there."""
+    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    try:
+        tracker = SpectrumTracker(
+            data,
+            arguments.k,
+            folder=partial,
+            keep_vectors=True,
+            params=arguments.params,
+            outputs=_outputs(arguments.outputs),
+            memory_budget=arguments.memory_budget,
+            solver=_SOLVERS[arguments.solver],
+            rtol=arguments.rtol,
+            seed=arguments.seed,
+            progress=sys.stderr.isatty(),
+        )
+        record = tracker.record(model, 0, lr=arguments.lr, target=target)
+        if not record.is_usable:
+            raise ArgumentError(record.message)
+        if out.exists():
+            out.rmdir()
+        partial.rename(out)
+        return record
+    except OSError as error:
+        raise ArgumentError(f"cannot write to {out}: {error.strerror}.") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _print_record(record: SpectrumRecord, out: Path) -> None:
+    values = record.values
+    write = sys.stdout.write
+    write(f"{len(values)} eigenpairs of {record.num_rows:,} rows: {record.status} ({record.message})\n")
+    write("    i        value      residual / value\n")
+    for i in sorted({1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000, len(values)}):
+        if i <= len(values):
+            value, residual = values[i - 1], record.residual_norms[i - 1]
+            write(f"{i:>5}  {value:>13.6e}  {residual / value if value > 0 else float('nan'):>9.1e}\n")
+    write(f"noise floor {record.noise_floor:.1e} of the first; {record.num_trusted} pairs certified above it\n")
+    for name, value in record.scalars.items():
+        error = record.errors.get(name)
+        write(f"{name.replace('_', ' '):<26} {value:.6g}" + (f" ± {error:.1g}\n" if error else "\n"))
+    for name, curve in record.energies.items():
+        write(f"energy of the {name:<12} {curve[-1]:.4f} in the top {len(curve)}\n")
+    write(f"written to {out}\n")
+
+
+def _explain(arguments: argparse.Namespace) -> int:
+    model, data = _load(arguments)
+    if arguments.k < 1:
+        raise ArgumentError(f"-k must be at least 1, not {arguments.k}.")
+    kernel = ntk(
+        model,
+        data,
+        params=arguments.params,
+        outputs=_outputs(arguments.outputs),
+        memory_budget=arguments.memory_budget,
+    )
+    sys.stdout.write(f"{kernel.explain(arguments.k)}\n")
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    model, data = _load(arguments)
+    diagnosis = doctor(model, data, params=arguments.params)
+    sys.stdout.write(f"{diagnosis}\n")
+    return 0 if diagnosis.is_supported else 1
+
+
+def _outputs(text: str) -> OutputMode:
+    if text in ("full", "trace", "sum"):
+        return text  # type: ignore[return-value]
+    try:
+        return int(text)
+    except ValueError as error:
+        raise ArgumentError(f"--outputs must be full, trace, sum or an index, not {text!r}.") from error

@@ -1,0 +1,115 @@
+"""What a report shows, in its order: titles, explanations and figures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import final
+
+from matplotlib.figure import Figure
+
+from ntk_lazy.study import figures, pictures
+from ntk_lazy.study.evidence import Evidence
+from ntk_lazy.study.target import Target
+
+
+@final
+@dataclass(frozen=True)
+class Image:
+    """One figure: its file name without the ending, what it shows, and how it is drawn."""
+
+    name: str
+    caption: str
+    draw: Callable[[], Figure]
+
+
+@final
+@dataclass(frozen=True)
+class Section:
+    """Figures that are read together."""
+
+    title: str
+    text: str
+    images: tuple[Image, ...]
+
+
+def sections_of(evidence: Evidence) -> Iterator[Section]:
+    """List the sections that there is something to show for."""
+    before, after, config = evidence.before, evidence.after, evidence.config
+    if before is not None and after is not None:
+        picture = Target.of(config).picture
+        yield Section(
+            "What was learned",
+            "The network sees a few thousand pixels; here it is evaluated on all of them.",
+            (Image("learning", "Target, output and residual.", lambda: pictures.learning(before, after, picture)),),
+        )
+    if not evidence.usable:
+        return
+    yield Section(
+        "Eigenvalues and the edge of stability",
+        "Gradient descent with a constant kernel is stable while λ₁ < 2N/δ. The largest eigenvalue climbs to "
+        "that bound and stays "
+        "there, and the others keep growing; when δ is halved, the bound doubles and λ₁ sets off again.",
+        (Image("eigenvalues", "Eigenvalues, and δλ₁/N, at each snapshot.", lambda: figures.eigenvalues(evidence)),),
+    )
+    yield Section(
+        "Alignment",
+        "E(φ, k) is the share of ‖φ‖² in the span of the first k eigenvectors. It is cumulative on purpose: "
+        "at the edge of stability "
+        "neighbouring eigenvectors turn into one another from step to step, and a single one means little.",
+        (
+            Image("energies-over-time", "Energies over time.", lambda: figures.energies_over_time(evidence)),
+            Image(
+                "energies-over-index",
+                "Energies over the number of eigenvectors; dotted beyond the pairs that are certified.",
+                lambda: figures.energies_over_index(evidence),
+            ),
+        ),
+    )
+    yield from _portrait_sections(evidence)
+    yield Section(
+        "Numbers that sum the kernel up",
+        "Bars are two standard errors where a number was estimated with random vectors. The first-order error "
+        "compares the change "
+        "of the output over the coming step with −(δ/N) K m.",
+        (
+            Image(
+                "scalars", "Scalars at each snapshot; grey: the loss of every step.", lambda: figures.scalars(evidence)
+            ),
+        ),
+    )
+    yield Section(
+        "How well the pairs are known",
+        "An eigenvalue is exact to about the square of its relative residual, an eigenvector to its residual "
+        "over the gap.",
+        (Image("spectra", "Spectra and residuals.", lambda: figures.spectra(evidence)),),
+    )
+
+
+def _portrait_sections(evidence: Evidence) -> Iterator[Section]:
+    before, after = evidence.before, evidence.after
+    if before is None or after is None:
+        return
+    yield Section(
+        "Eigenfunctions",
+        "Eigenvectors live on the training points; ψ(x) = J(x) w / √λ extends them to every pixel. Before "
+        "training they are cones around "
+        "the centre, as a homogeneous network without biases must have them. After it they carry the outlines "
+        "of the picture.",
+        (
+            Image("eigenfunctions-before", "Before training.", lambda: pictures.eigenfunctions(before)),
+            Image("eigenfunctions-after", "After training.", lambda: pictures.eigenfunctions(after)),
+        ),
+    )
+    yield Section(
+        "Frequencies",
+        "Radial power spectra on a grid of 64 × 96 points. Eigenfunctions are ordered from low to high "
+        "frequency, and what is left of the "
+        "residual moves up.",
+        (Image("frequencies", "Radial spectra.", lambda: pictures.frequencies(before, after)),),
+    )
+    yield Section(
+        "The kernel itself",
+        "K(x₀, ·) is what a step on the point x₀ (circle) does to all others; ‖∇_θ f(x)‖² is the diagonal of K.",
+        (Image("kernels", "Kernel slices and gradient norms.", lambda: pictures.kernels(before, after)),),
+    )
