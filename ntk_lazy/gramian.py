@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ntk_lazy.bilinear import BilinearGradient
-from ntk_lazy.engines.contract import Engine
+from ntk_lazy.engines.contract import Engine, OtherBlock
 from ntk_lazy.entries import dense, entries
 from ntk_lazy.errors import ArgumentError, ShapeError
 from ntk_lazy.shapes import Block, ParameterBlock, SmallMatrix
@@ -146,7 +146,7 @@ class Gramian:
             first = side1.with_x(side1.x[inner])
             yield index, first, first if side2 is None else side2.with_x(side2.x[inner])
 
-    def _product(self, side1: Side, side2: Side, V: Block) -> Block:
+    def _product(self, side1: Side, side2: Side, V: OtherBlock) -> Block:
         self._check_rows(V, side2)
         return self._scaled(side1.gather(self.engine.product(side1.x, side2.x, side2.scatter(V))))
 

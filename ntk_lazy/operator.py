@@ -49,6 +49,7 @@ class NTKLinearOperator(LinearOperator):
         preflight: Preflight,
         settings: EngineSettings,
         example_dims: int,
+        order: tuple[str, ...],
         rows1: Tensor | None = None,
         rows2: Tensor | None = None,
         scale: Tensor | None = None,
@@ -57,11 +58,12 @@ class NTKLinearOperator(LinearOperator):
         shared = {"call": call, "layout": layout, "preflight": preflight, "settings": settings}
         optional = {"rows1": rows1, "rows2": rows2, "scale": scale}
         inputs = (x1,) if x2 is None else (x1, x2)
-        super().__init__(*inputs, **shared, **optional, example_dims=example_dims, **tensors)
+        super().__init__(*inputs, **shared, **optional, example_dims=example_dims, order=order, **tensors)
         self._layout, self._preflight, self._settings = layout, preflight, settings
         model = FunctionalModel(
             call=call,
-            params={n.removeprefix(_PARAM): t for n, t in tensors.items() if n.startswith(_PARAM)},
+            # linear_operator hands the tensors back sorted by name, and a flat vector follows the module's order.
+            params={n: tensors[_PARAM + n] for n in order},
             constants={
                 n[2:]: t.detach() if n.startswith(_BUFFER) else t
                 for n, t in tensors.items()
@@ -97,6 +99,7 @@ class NTKLinearOperator(LinearOperator):
             preflight=preflight,
             settings=settings,
             example_dims=side1.example_dims,
+            order=tuple(model.params),
             rows1=side1.selected,
             rows2=None if side2 is None else side2.selected,
             **tensors,

@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from ntk_lazy.engines.chunks import ChunkRule, Chunks, slices
-from ntk_lazy.engines.contract import X1, X2, ColumnsFirst, Engine, ExampleRows, Preflight
+from ntk_lazy.engines.contract import X1, X2, ColumnsFirst, Engine, ExampleRows, OtherBlock, Preflight
 from ntk_lazy.engines.flat import FlatLayout
 from ntk_lazy.engines.linearisation import DoubleReverse, ForwardOverReverse, Linearisation, example_gradients
 from ntk_lazy.model import FunctionalModel
@@ -54,7 +54,7 @@ class AutodiffEngine(Engine):
             return self._push(x, W, self.rule.fit(x.shape[0], W.shape[0]))
 
     @override
-    def product(self, x1: Tensor, x2: Tensor, V: Block) -> Block:
+    def product(self, x1: Tensor, x2: Tensor, V: OtherBlock) -> Block:
         chunks = self.rule.fit(max(x1.shape[0], x2.shape[0]), V.shape[1])
         with torch.no_grad(), ieee_precision(), differentiable_attention():
             parts = [

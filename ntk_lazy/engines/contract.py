@@ -17,6 +17,7 @@ from ntk_lazy.shapes import Block, SmallMatrix
 # Names of the inputs among the names of parameters; no parameter of a module can be called so.
 X1, X2 = "<x1>", "<x2>"
 
+OtherBlock: TypeAlias = Float[Tensor, "n2 k"]
 ColumnsFirst: TypeAlias = Float[Tensor, "columns features"]
 ExampleRows: TypeAlias = Float[Tensor, "examples rows features"]
 
@@ -70,7 +71,7 @@ class Engine(ABC):
         """Return ``J Wᵀ``, shape ``(rows, k)``."""
 
     @abstractmethod
-    def product(self, x1: Tensor, x2: Tensor, V: Block) -> Block:
+    def product(self, x1: Tensor, x2: Tensor, V: OtherBlock) -> Block:
         """Return ``J1 J2ᵀ V`` without holding features for more columns than the budget allows."""
 
     @abstractmethod
