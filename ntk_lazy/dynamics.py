@@ -175,7 +175,7 @@ class FirstOrderError:
     norm_ratio: float
 
 
-def first_order_error(actual: Float[Tensor, "*shape"], predicted: Float[Tensor, "*shape"]) -> FirstOrderError:
+def first_order_error(actual: Float[Tensor, "*shape"], predicted: Float[Tensor, "*other_shape"]) -> FirstOrderError:
     """Compare a predicted change of the outputs with the one that happened.
 
     Args:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, final
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float64
 from torch import Tensor
 
 from ntk_lazy.columns import Eigenpairs, span_of
@@ -147,7 +147,7 @@ class RadialSpectrum:
     constant_share: float
 
 
-def radial_spectrum(image: Float[Tensor, "height width"]) -> RadialSpectrum:
+def radial_spectrum(image: Tensor) -> RadialSpectrum:
     """Measure which spatial frequencies a picture is made of.
 
     Pixels are taken as square: both directions count cycles over the *width*. The picture is not windowed, so one

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Protocol, cast
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from ntk_lazy.errors import NonFiniteError, ShapeError
@@ -46,7 +47,7 @@ def rows_of(A: Operator, *, name: str = "the operator") -> Rows:
 
 
 @torch.no_grad()
-def multiply(A: Operator, V: Block) -> Block:
+def multiply(A: Operator, V: Block) -> Float[Tensor, "m k"]:
     """Return ``A V`` in the dtype and on the device of the operator, and raise NonFiniteError if it overflowed."""
     product = A.matmul(V.to(A.device, A.dtype))
     if not product.isfinite().all():

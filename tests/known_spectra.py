@@ -12,7 +12,7 @@ DECAYS = {
     "1/i^2": lambda i: i**-2,
     "0.7^i": lambda i: 0.7**i,
     "one dominates": lambda i: torch.where(i == 1, 1e3, 1 / i),
-    "twenty equal": lambda i: 1e-3 + 0.999 * (i <= 20),
+    "twenty equal": lambda i: 1e-3 + 0.999 * (i <= 20).double(),
 }
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float64
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from ntk_lazy.columns import Eigenpairs
@@ -161,7 +161,7 @@ def sample_products(
     return ProductSamples(exact=exact, samples=samples, num_products=len(operators) * (together.shape[1] + sketch))
 
 
-def _sketches(operators: Sequence[Operator], rows: Rows, width: int, seed: int) -> list[Block]:
+def _sketches(operators: Sequence[Operator], rows: Rows, width: int, seed: int) -> list[Tensor]:
     first = operators[0]
     Omega = rows.random_block(width, seed=seed, dtype=first.dtype, device=first.device)
     return [multiply(A, Omega).to(first.device) for A in operators] if width else []
@@ -169,7 +169,7 @@ def _sketches(operators: Sequence[Operator], rows: Rows, width: int, seed: int) 
 
 def _leading(
     pairs: Sequence[Eigenpairs] | None,
-    sketches: Sequence[Block] | None,
+    sketches: Sequence[Tensor] | None,
     rows: Rows,
     A: Operator,
     *,
@@ -190,7 +190,7 @@ def _leading(
     return orthonormalise(W, [], rows=rows, width=W.shape[1], draw=lambda _: W[:, :0]).Q
 
 
-def _samples_beside(U: Block, rows: Rows, num_samples: int, seed: int) -> Block:
+def _samples_beside(U: Block, rows: Rows, num_samples: int, seed: int) -> Float[Tensor, "n m"]:
     """Draw vectors orthogonal to a basis, uniform in direction, of squared length n − k; none if nothing is left."""
     room = rows.total - U.shape[1]
     if room <= 0:
