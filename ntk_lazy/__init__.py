@@ -1,5 +1,6 @@
 """The empirical neural tangent kernel of any PyTorch model, lazily, with eigenpairs one can trust."""
 
+from ntk_lazy.doctor import Diagnosis, doctor
 from ntk_lazy.errors import (
     ArgumentError,
     BudgetError,
@@ -19,6 +20,7 @@ __all__ = [
     "ArgumentError",
     "BudgetError",
     "DegenerateError",
+    "Diagnosis",
     "FunctionalModel",
     "NTKLazyError",
     "NTKLinearOperator",
@@ -27,5 +29,6 @@ __all__ = [
     "Probes",
     "ShapeError",
     "UnsupportedModuleError",
+    "doctor",
     "ntk",
 ]

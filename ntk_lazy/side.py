@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import cast, final
 
 import torch
-from jaxtyping import Int64
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from ntk_lazy.shapes import Block
@@ -82,14 +82,14 @@ class Side:
             return False
         return self.selected is None or torch.equal(self.selected, cast(Tensor, other.selected))
 
-    def scatter(self, V: Block) -> Block:
+    def scatter(self, V: Block) -> Float[Tensor, "all_rows k"]:
         """Give the columns rows for all outputs of all examples; the transpose of ``gather``."""
         if self.selected is None:
             return V
         full = V.new_zeros(self.num_examples * self.rows_per_example, V.shape[1])
         return full.index_add_(0, self.selected, V)
 
-    def gather(self, Y: Block) -> Block:
+    def gather(self, Y: Float[Tensor, "all_rows k"]) -> Block:
         """Keep the rows of this side."""
         return Y if self.selected is None else Y[self.selected]
 

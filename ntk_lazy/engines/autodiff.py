@@ -100,7 +100,7 @@ class AutodiffEngine(Engine):
 
     @override
     def bilinear_gradient(
-        self, x1: Tensor, x2: Tensor, U: Block, V: Block, *, wrt: set[str]
+        self, x1: Tensor, x2: Tensor, U: Block, V: OtherBlock, *, wrt: set[str]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         chunks = self.rule.fit(max(x1.shape[0], x2.shape[0]), U.shape[1])
         value = U.new_zeros(())

@@ -96,7 +96,7 @@ class Engine(ABC):
 
     @abstractmethod
     def bilinear_gradient(
-        self, x1: Tensor, x2: Tensor, U: Block, V: Block, *, wrt: set[str]
+        self, x1: Tensor, x2: Tensor, U: Block, V: OtherBlock, *, wrt: set[str]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Differentiate ``q = sum_d u_dᵀ J1 J2ᵀ v_d``.
 

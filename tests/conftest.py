@@ -1,0 +1,32 @@
+"""Settings of the test run: one thread, repeatable examples, shapes checked where they are declared."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from jaxtyping import install_import_hook
+
+# Before the first import of the package: the shapes that it declares are then checked at every call.
+install_import_hook("ntk_lazy", "shape_checker.check_shapes")
+
+# Small tensors are faster on one thread, and sums then come out the same on every machine.
+torch.set_num_threads(1)
+
+settings.register_profile(
+    "repeatable",
+    derandomize=True,
+    deadline=None,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("repeatable")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip the tests that need a GPU where there is none, and say so."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine"))
