@@ -5,7 +5,7 @@ Without these an entry of K would hold the graph of two rows of J, and a diagona
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,17 @@ from torch.autograd.function import FunctionCtx
 from typing_extensions import override
 
 
-class Entries(torch.autograd.Function):
+def read_entries(tree: Callable[..., Any], index: tuple[Tensor, ...], tensors: Sequence[Tensor]) -> Tensor:
+    """Read entries at index tensors ``(*batch, row, column)`` of one shape off the operator that ``tree`` builds."""
+    return _Entries.apply(tree, index, *tensors)  # type: ignore[no-untyped-call]
+
+
+def write_down(tree: Callable[..., Any], tensors: Sequence[Tensor]) -> Tensor:
+    """Write down all of the operator that ``tree`` builds from tensors."""
+    return _Dense.apply(tree, *tensors)  # type: ignore[no-untyped-call]
+
+
+class _Entries(torch.autograd.Function):
     """Entries of K at index tensors ``(*batch, row, column)`` of one shape."""
 
     @staticmethod
@@ -42,7 +52,7 @@ class Entries(torch.autograd.Function):
         return (None, None, *(next(found) if t.requires_grad else None for t in tensors))
 
 
-class Dense(torch.autograd.Function):
+class _Dense(torch.autograd.Function):
     """All of K; its gradient is that of ``sum_j g_jᵀ K e_j``."""
 
     @staticmethod

@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from ntk_lazy.engines.contract import X1, X2, Preflight
 from ntk_lazy.errors import BudgetError, ShapeError
-from ntk_lazy.functions import Dense, Entries
+from ntk_lazy.functions import read_entries, write_down
 from ntk_lazy.gramian import Gramian
 from ntk_lazy.model import FunctionalModel, ModelCall
 from ntk_lazy.outputs import OutputLayout
@@ -26,7 +26,7 @@ _PARAM, _CONSTANT, _BUFFER = "p.", "c.", "b."
 
 
 @final
-class NTKLinearOperator(LinearOperator):
+class NTKLinearOperator(LinearOperator):  # type: ignore[misc]  # linear_operator has no types
     """The empirical neural tangent kernel, lazily; made by ``ntk_lazy.ntk``.
 
     ``K = s J1 J2ᵀ`` with J the Jacobian of the model's outputs in its chosen parameters. Row ``i*C + c`` belongs
@@ -250,7 +250,7 @@ class NTKLinearOperator(LinearOperator):
     @override
     def _get_indices(self, row_index: Tensor, col_index: Tensor, *batch_indices: Tensor) -> Tensor:
         index = tuple(torch.broadcast_tensors(*batch_indices, row_index, col_index))
-        return cast(Tensor, Entries.apply(self.representation_tree(), index, *self.representation()))
+        return read_entries(self.representation_tree(), index, self.representation())
 
     @override
     def _getitem(self, row_index: Any, col_index: Any, *batch_indices: Any) -> LinearOperator:
@@ -318,7 +318,7 @@ class NTKLinearOperator(LinearOperator):
                 requested_bytes=size,
                 available_bytes=limit,
             )
-        return cast(Tensor, Dense.apply(self.representation_tree(), *self.representation()))
+        return write_down(self.representation_tree(), self.representation())
 
     @override
     def type(self, dtype: torch.dtype) -> LinearOperator:

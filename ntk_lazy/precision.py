@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 _SWITCHES: tuple[Any, ...] = (
     torch.backends.cuda.matmul,
     torch.backends.cudnn.conv,  # type: ignore[attr-defined]
-    torch.backends.cudnn.rnn,  # type: ignore[attr-defined]
+    torch.backends.cudnn.rnn,
     torch.backends.mkldnn.matmul,  # type: ignore[attr-defined]
     torch.backends.mkldnn.conv,  # type: ignore[attr-defined]
     torch.backends.mkldnn.rnn,  # type: ignore[attr-defined]
