@@ -201,8 +201,7 @@ class FunctionalModel:
 
     def _flat(self, output: Any, num_examples: int) -> Tensor:
         # A model may change the dtype on its way (a head in float64): rows of K are in that of J.
-        flat = _flat_output(output, num_examples)
-        return flat.to(self.dtype) if flat.is_floating_point() else flat
+        return _flat_output(output, num_examples).to(self.dtype)
 
     def _generators(self) -> AbstractContextManager[None]:
         if not self.keeps_generators:
@@ -220,6 +219,11 @@ def _flat_output(output: Any, num_examples: int) -> Tensor:
         raise ShapeError(
             f"the model returned shape {tuple(output.shape)} for {num_examples} examples; its first dimension must be "
             "the examples. Pass output_fn to bring it there."
+        )
+    if not output.is_floating_point():
+        raise UnsupportedModuleError(
+            f"the model returned {output.dtype}, not real numbers with a derivative. Return what comes before the last "
+            "step (logits, not classes; real and imaginary parts), or pass output_fn, which is applied to it."
         )
     return output.flatten(1) if output.ndim > 1 else output.unsqueeze(1)
 

@@ -62,7 +62,7 @@ class ForwardPass:
         versions = {name: t._version for name, t in tensors.items()}
         states = _random_states(x)
         with suspects.recorded_calls(model.call.module) as calls, EmbeddingWatch(copy.constants.values()) as watch:
-            output = copy(copy.params, x)
+            output = _apply(copy, x)
         written = [name for name, t in tensors.items() if t._version != versions[name]]
         _refuse_written_parameters([name for name in written if name not in model.buffer_names], calls)
         _check_output(output)
@@ -98,6 +98,18 @@ class ForwardPass:
         )
 
 
+def _apply(model: FunctionalModel, x: Tensor) -> Tensor:
+    try:
+        return model(model.params, x)
+    except ValueError as error:
+        if x.shape[0] == 1 and "more than 1 value per channel" in str(error):
+            raise UnsupportedModuleError(
+                "a batch-norm layer wants statistics of the batch, which one example does not have. Call model.eval() "
+                "first; with track_running_stats=False, set that to True, or use GroupNorm or LayerNorm."
+            ) from error
+        raise
+
+
 def _refuse_written_parameters(names: list[str], calls: list[Call]) -> None:
     if names:
         raise UnsupportedModuleError(
@@ -108,11 +120,6 @@ def _refuse_written_parameters(names: list[str], calls: list[Call]) -> None:
 
 
 def _check_output(output: Tensor) -> None:
-    if not output.is_floating_point():
-        raise UnsupportedModuleError(
-            f"the model returned {output.dtype}, not real numbers with a derivative. Return what comes before the last "
-            "step (logits, not classes; real and imaginary parts), or pass output_fn, which is applied to it."
-        )
     if output.shape[1] == 0:
         raise ShapeError("the model returned no outputs for an example: the kernel would have no rows.")
     finite = output.isfinite().all(1)
