@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from ntk_lazy.eigen.iteration import RitzPairs
+from ntk_lazy.eigen.iteration import RitzPairs, Space
 from ntk_lazy.eigen.product import Product
 from ntk_lazy.shapes import Block
 
@@ -60,6 +60,12 @@ class DenseSpectrum:
         rounded = U.to(operator.dtype).double()
         residuals = (self._matrix @ rounded - rounded * theta).norm(dim=0)
         return RitzPairs(theta=theta, coefficients=U, residuals=residuals, spread=spread, asymmetry=asymmetry)
+
+    def space(self) -> Space:
+        """Everything, in the coordinates of the rows."""
+        n = self._matrix.shape[0]
+        eye = torch.eye(n, dtype=torch.float64)
+        return Space(self.combine(eye), self._matrix, eye)
 
     def combine(self, coefficients: Float64[Tensor, "m j"]) -> Block:
         """Round to the dtype of the operator."""

@@ -140,11 +140,10 @@ class Search:
         probe = make_probe(task.verify, self.product.rows.total)
         if not self.product.affords(probe.total_columns):
             return False
-        X = self.method.combine(pairs.coefficients[:, : task.num_wanted])
-        self._note_bytes(X.shape[1] + 3 * probe.total_columns)
-        last = float(pairs.theta[task.num_wanted - 1])
-        noise = float(torch.finfo(X.dtype).eps) * pairs.spread
-        verdict = look_for_missed(X, last, noise, probe=probe, product=self.product, draw=self.draw)
+        self._note_bytes(4 * probe.total_columns)
+        space, theta = self.method.space(), pairs.theta[: task.num_wanted]
+        noise = float(torch.finfo(self.draw.dtype).eps) * pairs.spread
+        verdict = look_for_missed(space, theta, noise, probe=probe, product=self.product, draw=self.draw)
         self.probe_columns += verdict.completeness.columns
         self.completeness = verdict.completeness
         if verdict.missed is None:

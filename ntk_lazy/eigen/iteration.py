@@ -30,6 +30,21 @@ class RitzPairs:
     asymmetry: float
 
 
+@dataclass(frozen=True)
+class Space:
+    """Vectors that were multiplied, and the operator projected on them.
+
+    Attributes:
+        V: ``(n, m)``, orthonormal up to rounding.
+        T: ``Vᵀ A V``.
+        M: ``Vᵀ V``.
+    """
+
+    V: Block
+    T: Float64[Tensor, "m m"]
+    M: Float64[Tensor, "m m"]
+
+
 class Iteration(Protocol):
     """A method that improves a space by one block call at a time."""
 
@@ -50,6 +65,10 @@ class Iteration(Protocol):
 
     def step(self) -> RitzPairs:
         """Multiply once and extract at least as many pairs as are wanted, or all there are."""
+        ...
+
+    def space(self) -> Space:
+        """The space that the pairs were extracted from, as a view."""
         ...
 
     def combine(self, coefficients: Float64[Tensor, "m j"]) -> Block:

@@ -7,7 +7,7 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from ntk_lazy.eigen.criterion import Criterion
-from ntk_lazy.eigen.iteration import RitzPairs
+from ntk_lazy.eigen.iteration import RitzPairs, Space
 from ntk_lazy.eigen.product import Product
 from ntk_lazy.eigen.random_columns import RandomColumns
 from ntk_lazy.linalg import Basis, combine, orthonormalise, rayleigh_ritz
@@ -19,8 +19,9 @@ _MAY_WAIT = 0.9  # of the tolerance: the part of a residual that need not be red
 class BlockKrylov:
     """The relation ``A V[:, :d] = V H`` with orthonormal ``V`` of ``m`` columns, ``d`` of them multiplied.
 
-    The ``m − d`` *pending* columns are multiplied next. All of an image that the basis does not hold joins it as
-    new pending columns, so the relation is exact up to rounding whatever was pending: the start block,
+    The ``m − d`` *pending* columns wait to be multiplied, ``block_size`` in a call, first come, first served: a
+    start that is wider than a block makes no call wider. All of an image that the basis does not hold joins it
+    as new pending columns, so the relation is exact up to rounding whatever was pending: the start block,
     random columns after a breakdown, what a completeness probe found, or the last block before a restart.
     Coefficients are kept as they were measured (``H`` is not assumed to be banded), which is full
     reorthogonalisation.
@@ -35,6 +36,7 @@ class BlockKrylov:
         draw: RandomColumns,
         *,
         start: Block,
+        block_size: int,
         num_wanted: int,
         max_basis: int,
         rtol: float,
@@ -44,6 +46,8 @@ class BlockKrylov:
         self._num_wanted = num_wanted
         self._max_basis = max_basis
         self._rtol = rtol
+        self._block_size = block_size
+        self._num_due = 0
         self._num_next = 0
         rows = product.rows
         self._basis = Basis(
@@ -55,7 +59,7 @@ class BlockKrylov:
 
     @property
     def next_width(self) -> int:
-        """Pending columns that are worth a product."""
+        """Pending columns in the next call."""
         return self._num_next
 
     @property
@@ -82,7 +86,8 @@ class BlockKrylov:
         )
         self._basis.append(made.Q)
         self._H = torch.cat([self._H, self._H.new_zeros(made.Q.shape[1], self._H.shape[1])])
-        self._num_next = self._basis.size - self._num_done
+        self._num_due = self._basis.size - self._num_done
+        self._num_next = min(self._num_due, self._block_size)
 
     def step(self) -> RitzPairs:
         """Multiply the next columns, restarting first when their image would not fit."""
@@ -104,9 +109,16 @@ class BlockKrylov:
         H[size:, done:] = made.R
         self._H = H
         self._num_done = done + width
+        self._num_due = max(0, self._num_due - width)
         pairs = self._extract(self._num_wanted + 1)
         self._choose_next(pairs)
         return pairs
+
+    def space(self) -> Space:
+        """The multiplied columns; ``Vᵀ A V = M H``."""
+        d = self._num_done
+        M = self._basis.gram_matrix
+        return Space(self._basis.columns(0, d), M[:d] @ self._H, M[:d, :d])
 
     def combine(self, coefficients: Float64[Tensor, "m j"]) -> Block:
         """Form long vectors from coefficients in the multiplied columns."""
@@ -122,10 +134,8 @@ class BlockKrylov:
         return self._num_wanted + max(1, self._num_wanted // 8)
 
     def _extract(self, num_pairs: int) -> RitzPairs:
-        """Project on the multiplied columns; ``Vᵀ A V = M H``."""
-        d = self._num_done
-        M = self._basis.gram_matrix
-        T = M[:d] @ self._H
+        """Project on the multiplied columns."""
+        d, T, M = self._num_done, self.space().T, self._basis.gram_matrix
         theta, Y = rayleigh_ritz(T, M[:d, :d])
         spread = float(theta.abs().max())
         theta, Y = theta[:num_pairs], Y[:, :num_pairs]
@@ -143,8 +153,10 @@ class BlockKrylov:
         finish the last pairs. At ``k = 100, b = 16`` this saves a tenth of the products and no block call.
         """
         k, d = self._num_wanted, self._num_done
-        self._num_next = num_pending = self._basis.size - d
-        if num_pending == 0 or pairs.theta.numel() < k:
+        num_pending = self._basis.size - d
+        self._num_next = min(num_pending, self._block_size)
+        # Columns that were injected are multiplied in any case: no pair asks for what is not known yet.
+        if num_pending == 0 or self._num_due or pairs.theta.numel() < k:
             return
         floor = self._product.noise_floor
         allowed = Criterion(rtol=self._rtol, noise_floor=floor).tolerances(pairs.theta, pairs.spread)[:k]
@@ -155,7 +167,7 @@ class BlockKrylov:
         U, sigma, _ = torch.linalg.svd(coupling, full_matrices=True)
         rest = sigma.square().flip(0).cumsum(0).flip(0).sqrt()
         num_needed = int((rest > _MAY_WAIT).sum())
-        if 0 < num_needed < num_pending:
+        if 0 < num_needed < self._num_next:
             self._basis.rotate_tail_(d, U)
             self._H[d:] = U.mT @ self._H[d:]
             self._num_next = num_needed

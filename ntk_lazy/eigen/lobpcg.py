@@ -7,7 +7,7 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from ntk_lazy.eigen.criterion import Criterion
-from ntk_lazy.eigen.iteration import RitzPairs
+from ntk_lazy.eigen.iteration import RitzPairs, Space
 from ntk_lazy.eigen.product import Product
 from ntk_lazy.eigen.random_columns import RandomColumns
 from ntk_lazy.linalg import Basis, column_norms, combine, gram, orthonormalise, rayleigh_ritz
@@ -83,9 +83,9 @@ class LocallyOptimal:
         image = self._product(self._pending)
         self._basis.append(self._pending)
         self._images.append(image)
-        T = gram(self._basis.block, self._images.block, rows=self._product.rows)
+        space = self.space()
+        T, M = space.T, space.M
         asymmetry = float((T - T.mT).abs().max())
-        M = self._basis.gram_matrix
         theta, Y = rayleigh_ritz(T, M)
         spread = float(theta.abs().max())
         num_kept = min(self._width, theta.numel())
@@ -98,6 +98,11 @@ class LocallyOptimal:
         theta = theta[:num_kept]
         residuals = self._choose_residuals(theta, kept, spread)
         return RitzPairs(theta=theta, coefficients=kept, residuals=residuals, spread=spread, asymmetry=asymmetry)
+
+    def space(self) -> Space:
+        """``[X P]`` with ``W`` folded in."""
+        T = gram(self._basis.block, self._images.block, rows=self._product.rows)
+        return Space(self._basis.block, T, self._basis.gram_matrix)
 
     def combine(self, coefficients: Float64[Tensor, "m j"]) -> Block:
         """Form long vectors."""

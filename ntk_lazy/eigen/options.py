@@ -13,10 +13,11 @@ class Lanczos:
     """Block Lanczos with full reorthogonalisation, thickly restarted when the basis is full.
 
     Attributes:
-        block_size: Columns of one product. None: the power of two next to ``sqrt(2.8 k)`` between 8 and 64,
-            and never below the number of outputs plus 2, because a smaller block can miss copies of a
-            repeated eigenvalue. ``"timed"``: the same with the measured cost of a block; two runs may
-            then choose differently, and ``EigenResult.method`` says what was chosen.
+        block_size: Columns of one call. None: the power of two next to ``sqrt(2.8 k)`` between 8 and 64, and not
+            below the number of outputs plus 2 (up to 64). Whatever it is, the space grows from at least that
+            many columns, because fewer can miss copies of a repeated eigenvalue. ``"timed"``: the same with the
+            measured cost of a call in place of a typical one; two runs may then choose differently, and
+            ``EigenResult.method`` says what was chosen.
         max_basis: Most basis vectors held. None: ``3 k + 10 b``; most spectra need ``1.75 k + 5 b``.
     """
 

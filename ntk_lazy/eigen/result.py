@@ -49,7 +49,7 @@ class Completeness:
     Attributes:
         method: ``"exhaustive"`` (the space was everything), ``"fast"``, ``"rigorous"`` or ``"none"``.
         columns: Products spent on it.
-        largest_outside: Largest Ritz value found orthogonal to the vectors, relative to the last value;
+        largest_outside: Largest Ritz value found orthogonal to the searched space, relative to the last value;
             NaN where nothing was measured.
         factor: A missed eigenvalue is at most this many times the last value, but for ``failure_probability``;
             infinite where nothing is claimed.

@@ -6,6 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+
+from ntk_lazy.eigen.iteration import Space
 from ntk_lazy.eigen.product import Product
 from ntk_lazy.eigen.random_columns import RandomColumns
 from ntk_lazy.eigen.result import Completeness
@@ -66,51 +71,64 @@ class Verdict:
 
 
 def look_for_missed(
-    X: Block, last_value: float, noise: float, *, probe: Probe, product: Product, draw: RandomColumns
+    space: Space, theta: Float64[Tensor, " k"], noise: float, *, probe: Probe, product: Product, draw: RandomColumns
 ) -> Verdict:
-    """Run a short block Krylov iteration on the operator deflated by the vectors found.
+    """Add a short block Krylov iteration from random columns to a space, and see whether a value rises.
+
+    An eigenvector that was missed has a part in the random block, and what the space has of it helps: values are
+    extracted from both together, which sees neighbours in a plateau that the block alone could not tell apart.
 
     Args:
-        X: Orthonormal vectors of the set.
-        last_value: Its smallest value.
+        space: What the search has multiplied.
+        theta: The values it found.
         noise: Excess that rounding can make.
         probe: Width and depth.
         product: The operator.
         draw: Gives the random block.
 
-    Cost: ``probe.total_columns`` products in ``probe.num_steps`` calls, and as many long vectors.
+    Cost: ``probe.total_columns`` products in ``probe.num_steps`` calls, and twice as many long vectors.
     """
     rows = product.rows
-    room = rows.total - X.shape[1]
+    room = rows.total - space.V.shape[1]
     width = min(probe.num_columns, room)
     if width == 0:
         return Verdict(Completeness(method="exhaustive"), None)
-    Z = Basis(rows, dtype=X.dtype, device=X.device, capacity=probe.total_columns)
-    images = Basis(rows, dtype=X.dtype, device=X.device, capacity=probe.total_columns, has_gram=False)
-    start, columns = draw(width), 0
+    V = space.V
+    Z = Basis(rows, dtype=V.dtype, device=V.device, capacity=probe.total_columns)
+    images = Basis(rows, dtype=V.dtype, device=V.device, capacity=probe.total_columns, has_gram=False)
+    following, columns = draw(width), 0
     for _ in range(probe.num_steps):
         width = min(width, room - Z.size)
         if width == 0:
             break
-        made = orthonormalise(start, [X, Z.block], rows=rows, width=width, draw=draw)
+        made = orthonormalise(following, [V, Z.block], rows=rows, width=width, draw=draw)
         Z.append(made.Q)
-        start = product(made.Q)
-        images.append(start)
+        following = product(made.Q)
+        images.append(following)
         columns += width
-    T = gram(Z.block, images.block, rows=rows)
-    mu, Y = rayleigh_ritz(T, Z.gram_matrix)
-    above = mu > last_value + _SLACK * abs(last_value) + noise
-    relative = float(mu[0]) / last_value if last_value else float("nan")
-    if bool(above.any()):
-        missed = combine(Z.block, Y[:, above])
+    cross = gram(V, images.block, rows=rows)
+    inner = gram(Z.block, images.block, rows=rows)
+    overlap = gram(V, Z.block, rows=rows)
+    T = torch.cat([torch.cat([space.T, cross], dim=1), torch.cat([cross.mT, inner], dim=1)])
+    M = torch.cat([torch.cat([space.M, overlap], dim=1), torch.cat([overlap.mT, Z.gram_matrix], dim=1)])
+    better, Y = rayleigh_ritz(T, M)
+    k = theta.numel()
+    rise = better[:k] - theta
+    has_risen = rise > _SLACK * theta.abs() + noise
+    outside = float(rayleigh_ritz(inner, Z.gram_matrix)[0][0])
+    last = float(theta[-1])
+    relative = outside / last if last else float("nan")
+    if bool(has_risen.any()):
+        U, _, _ = torch.linalg.svd(Y[V.shape[1] :, :k][:, has_risen], full_matrices=False)
+        missed = combine(Z.block, U[:, : probe.num_columns])
         return Verdict(Completeness(method="none", columns=columns, largest_outside=relative), missed)
-    is_rigorous = probe.level == "rigorous" and last_value > noise
+    is_rigorous = probe.level == "rigorous" and last > noise
     return Verdict(
         Completeness(
             method=probe.level,
             columns=columns,
             largest_outside=relative,
-            factor=(1 + _SLACK + noise / last_value) / (1 - _RIGOROUS_EPS) if is_rigorous else float("inf"),
+            factor=(1 + _SLACK + noise / last) / (1 - _RIGOROUS_EPS) if is_rigorous else float("inf"),
             failure_probability=_RIGOROUS_FAILURE if is_rigorous else 1.0,
         ),
         None,

@@ -1,0 +1,97 @@
+"""Sets reported as converged are right: every hard spectrum, seed, dtype, scale and solver."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from check_solution import check_solution
+from eigen_cases import Spectrum, Spy, hard_spectra, named_matrices
+
+from ntk_lazy.eigen import LOBPCG, Dense, Lanczos, Solver, eigsh
+from ntk_lazy.errors import NotConvergedError
+
+N, K = 150, 10
+SOLVERS = [Lanczos(), Lanczos(block_size=1), Lanczos(block_size=8, max_basis=32), LOBPCG(), Dense()]
+DTYPES = [torch.float32, torch.float64]
+SCALES = [1.0, 1e-30, 1e30]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("spectrum", hard_spectra(N), ids=str)
+def test_no_seed_gives_a_wrong_set(spectrum: Spectrum, dtype: torch.dtype) -> None:
+    for seed in range(20):
+        A = spectrum.matrix(dtype, SCALES[seed % 3])
+        check_solution(eigsh(A, K, solver=Lanczos(), seed=seed), A, K)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+@pytest.mark.parametrize("spectrum", hard_spectra(N), ids=str)
+def test_no_solver_gives_a_wrong_set(spectrum: Spectrum, solver: Solver) -> None:
+    for dtype in DTYPES:
+        for scale in SCALES:
+            A = spectrum.matrix(dtype, scale)
+            check_solution(eigsh(A, K, solver=solver, seed=3), A, K)
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+@pytest.mark.parametrize("name", named_matrices(N))
+def test_matrices_of_the_textbooks_are_solved(name: str, solver: Solver) -> None:
+    A = named_matrices(N)[name]
+    check_solution(eigsh(A, K, solver=solver, seed=3), A, K)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("solver", ["auto", *SOLVERS], ids=repr)
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 40])
+def test_any_number_of_pairs_up_to_all_is_found(n: int, solver: Solver, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(n)
+    J = torch.randn(n, 2 * n, generator=generator, dtype=torch.float64)
+    A = (J @ J.mT).to(dtype)
+    A = (A + A.mT) / 2
+    for k in sorted({1, 2, n // 2, n - 1, n} & set(range(1, n + 1))):
+        chosen = Lanczos(block_size=8) if solver == SOLVERS[2] and n == 40 else solver
+        check_solution(eigsh(A, k, solver=chosen, seed=1), A, k)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_null_vectors_are_named_as_such(dtype: torch.dtype) -> None:
+    A = hard_spectra(N)[3].matrix(dtype)  # rank 5
+    pairs = eigsh(A, K, solver=Lanczos())
+    assert pairs.is_below_noise.tolist() == [False] * 5 + [True] * 5
+    assert "cannot be told from zero" in str(pairs)
+
+
+def test_a_repeated_eigenvalue_is_complete_whatever_the_block_and_only_thanks_to_the_probe() -> None:
+    spectrum = next(s for s in hard_spectra(N) if s.name == "24 copies at the top")
+    A = spectrum.matrix()
+    assert eigsh(A, K, solver=Lanczos(block_size=4), verify=False).values[-1] < 0.5
+    assert eigsh(A, K, solver=Lanczos(block_size=4)).values[-1] > 0.999
+
+
+def test_the_rigorous_probe_states_a_bound_that_holds() -> None:
+    A = hard_spectra(N)[11].matrix()
+    pairs = eigsh(A, K, solver=Lanczos(), verify="rigorous")
+    assert pairs.completeness.method == "rigorous"
+    assert pairs.completeness.failure_probability <= 1e-3
+    assert float(torch.linalg.eigvalsh(A)[-K]) <= pairs.completeness.factor * float(pairs.values[-1])
+
+
+def test_small_eigenvalues_in_float32_are_either_right_or_not_reported_as_converged() -> None:
+    values = [10.0 ** (-i / 10) for i in range(N)]
+    A = Spectrum("down to rounding", tuple(values)).matrix(torch.float32)
+    with pytest.raises(NotConvergedError, match="rounding") as caught:
+        eigsh(A, 70, solver=Lanczos(block_size=8))
+    pairs = caught.value.result
+    exact = torch.linalg.eigvalsh(A.double()).flip(0)[:70]
+    good = pairs.converged & ~pairs.is_below_noise
+    assert 40 < int(good.sum()) < 70
+    assert bool(((pairs.values - exact).abs() <= 1e-3 * exact)[good].all())
+
+
+def test_a_start_without_the_wanted_directions_still_finds_them() -> None:
+    spectrum = hard_spectra(N)[13]
+    A = spectrum.matrix()
+    lowest = torch.linalg.eigh(A)[1][:, :20]
+    check_solution(eigsh(Spy(A), K, solver=Lanczos(), start=lowest), A, K)
