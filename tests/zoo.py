@@ -332,7 +332,12 @@ _UNSUPPORTED = [
 
 _MISSHAPEN = [
     Case(name="mean over the batch", build=lambda: Headed(lambda y: y.mean()), draw=X, says=("()", "output_fn")),
-    Case(name="outputs first", build=lambda: Headed(lambda y: y.mT), draw=X, says=("first dimension", "output_fn")),
+    Case(
+        name="outputs first",
+        build=lambda: Headed(lambda y: y.mT, num_outputs=4),
+        draw=X,
+        says=("first dimension", "output_fn"),
+    ),
     Case(name="no outputs", build=lambda: Headed(lambda y: y[:, :0]), draw=X, says=("no outputs",)),
 ]
 

@@ -19,7 +19,14 @@ from torch import Tensor
 from ntk_lazy.engines import suspects
 from ntk_lazy.engines.contract import Preflight
 from ntk_lazy.engines.forward_pass import ForwardPass
-from ntk_lazy.engines.linearisation import DoubleReverse, ForwardOverReverse, Linearisation, Tangents, example_gradients
+from ntk_lazy.engines.linearisation import (
+    DoubleReverse,
+    ForwardOverReverse,
+    Linearisation,
+    Tangents,
+    example_gradients,
+    refuse_inference_mode,
+)
 from ntk_lazy.engines.rounding import Rounding, largest, noise
 from ntk_lazy.engines.suspects import TRANSFORM_ERRORS, Call, named
 from ntk_lazy.errors import NonFiniteError, UnsupportedModuleError
@@ -39,11 +46,13 @@ def check(model: FunctionalModel, x: Tensor) -> Preflight:
     Cost: About a dozen passes over ``x``; memory for up to ``8 + 2 b`` parameter vectors.
 
     Raises:
+        ArgumentError: The caller is in inference mode.
         NonFiniteError: A parameter, an output or a gradient is not finite.
         ShapeError: The outputs do not have the examples as their first dimension.
         UnsupportedModuleError: The outputs are random, depend on the other examples of the batch or are not
             real floating-point numbers; no parameter reaches them; or no way of differentiating works.
     """
+    refuse_inference_mode()
     _check_parameters(model)
     with _quiet(x) as caught:
         forward = ForwardPass.run(model, x)

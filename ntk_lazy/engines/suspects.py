@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp, vjp
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
-from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import override
 
@@ -42,21 +41,19 @@ class Call:
 def recorded_calls(module: nn.Module | None) -> Iterator[list[Call]]:
     """List the calls of a module and of those inside it, in the order in which they return.
 
-    One hook on all modules is used and taken away again, so that the hooks of the user's module are not touched.
+    Each module has a hook for the length of this context. One hook on all modules of the process would touch
+    less, but torch 2.13 does not take all of such a hook away again.
     """
     calls: list[Call] = []
-    names = {} if module is None else {id(inner): name for name, inner in module.named_modules()}
+    inner = {} if module is None else {found: name for name, found in module.named_modules()}
 
     def note(called: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if id(called) in names:
-            calls.append(Call(names[id(called)], called, args, kwargs))
+        calls.append(Call(inner[called], called, args, kwargs))
 
-    hook: Callable[..., None] = note
-    handle = register_module_forward_hook(hook, with_kwargs=True)
-    try:
+    with ExitStack() as hooks:
+        for found in inner:
+            hooks.callback(found.register_forward_hook(note, with_kwargs=True).remove)
         yield calls
-    finally:
-        handle.remove()
 
 
 class EmbeddingWatch(TorchDispatchMode):
