@@ -32,7 +32,6 @@ class Task:
         verify: Which completeness probe follows.
         fresh_width: Columns of a certifying product; pairs up to four times as many are all multiplied afresh.
         method: The solver in words, options filled in.
-        callback: Told after every block call.
     """
 
     num_wanted: int
@@ -41,7 +40,6 @@ class Task:
     verify: Verify
     fresh_width: int
     method: str
-    callback: Callback | None
 
 
 @dataclass
@@ -68,6 +66,7 @@ class Search:
     product: Product
     method: Iteration
     draw: RandomColumns
+    callback: Callback | None = None
     began: float = field(default_factory=time.perf_counter)
     peak_bytes: int = 0
     completeness: Completeness = field(default_factory=lambda: Completeness(method="none"))
@@ -225,12 +224,12 @@ class Search:
 
     def _tell(self, pairs: RitzPairs) -> None:
         """Report to the callback; copies only, so that it cannot change a value."""
-        if self.task.callback is None:
+        if self.callback is None:
             return
         k = self.task.num_wanted
         met = self.criterion.met(pairs.theta[:k], pairs.residuals[:k], pairs.spread)
         scale = self.product.scale
-        self.task.callback(
+        self.callback(
             SolveState(
                 block_calls=self.product.num_calls,
                 columns=self.product.num_columns,

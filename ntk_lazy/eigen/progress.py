@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,14 +35,34 @@ class SolveState:
 Callback = Callable[[SolveState], object]
 
 
-class ProgressLine:
-    """One line on standard error, rewritten after every block call."""
+@contextmanager
+def progress_display(progress: bool | Callback, *, num_wanted: int) -> Iterator[Callback | None]:
+    """Choose who is told about the progress, and clear up after them.
 
-    def __call__(self, state: SolveState) -> None:
-        """Rewrite the line; end it when all pairs are there."""
-        is_done = state.num_converged >= state.num_wanted
-        sys.stderr.write(f"\r{describe(state)}" + ("\n" if is_done else ""))
-        sys.stderr.flush()
+    True shows a bar on standard error if ``rich`` is there, else one plain line that is rewritten.
+    """
+    if callable(progress):
+        yield progress
+    elif not progress:
+        yield None
+    elif find_spec("rich") is None:
+        try:
+            yield _rewrite_line
+        finally:
+            sys.stderr.write("\n")
+    else:
+        from rich.console import Console
+        from rich.progress import Progress
+
+        with Progress(console=Console(stderr=True)) as bar:
+            row = bar.add_task("eigsh", total=num_wanted)
+            yield lambda state: bar.update(row, completed=state.num_converged, description=describe(state))
+
+
+def _rewrite_line(state: SolveState) -> None:
+    """Write over the last line."""
+    sys.stderr.write(f"\r{describe(state)}")
+    sys.stderr.flush()
 
 
 def describe(state: SolveState) -> str:
@@ -50,10 +72,3 @@ def describe(state: SolveState) -> str:
         f"eigsh: {state.num_converged}/{state.num_wanted} pairs, {state.columns} products in "
         f"{state.block_calls} calls, largest value {top}, {state.seconds:.1f} s"
     )
-
-
-def progress_callback(progress: bool | Callback) -> Callback | None:
-    """Choose who is told about the progress."""
-    if callable(progress):
-        return progress
-    return ProgressLine() if progress else None

@@ -7,6 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from ntk_lazy.eigen.block_size import block_size, typical_products
 from ntk_lazy.eigen.contract import SymmetricOperator, as_symmetric_operator
 from ntk_lazy.eigen.dense import DenseSpectrum
 from ntk_lazy.eigen.driver import Search, Task
@@ -15,7 +16,7 @@ from ntk_lazy.eigen.lanczos import BlockKrylov
 from ntk_lazy.eigen.lobpcg import LocallyOptimal
 from ntk_lazy.eigen.options import LOBPCG, Dense, Lanczos, Solver
 from ntk_lazy.eigen.product import Product
-from ntk_lazy.eigen.progress import Callback, progress_callback
+from ntk_lazy.eigen.progress import Callback, progress_display
 from ntk_lazy.eigen.random_columns import RandomColumns
 from ntk_lazy.eigen.result import EigenResult
 from ntk_lazy.eigen.start import NUM_FRESH, start_block
@@ -24,8 +25,6 @@ from ntk_lazy.errors import ArgumentError, NotConvergedError
 
 _SMALL = 256  # rows at which LAPACK beats any iteration
 _LARGEST_DENSE = 20_000  # rows; float64 matrix and vectors take 6.4 GB there
-_WIDEST = 64  # columns of a call that a number of outputs alone can ask for
-_TYPICAL_COST = 8.0  # of starting a block call, in columns: what the default block size assumes
 
 
 def eigsh(  # noqa: PLR0913 - the public signature is fixed by the design
@@ -81,22 +80,20 @@ def eigsh(  # noqa: PLR0913 - the public signature is fixed by the design
     draw = RandomColumns(operator.rows, seed=seed, dtype=operator.dtype, device=operator.device)
     num_outputs = _num_outputs(operator)
     chosen = _choose(k, n, num_outputs) if solver == "auto" else solver
-    block_size = _block_size(chosen, k, n, num_outputs)
-    limit = 20 * math.ceil(1.75 * k + 5 * block_size) + n if max_products is None else max_products
+    limit = 20 * math.ceil(typical_products(k, num_outputs)) + n if max_products is None else max_products
     product = Product(operator, max_products=limit)
-    method, name = _build(
-        chosen, product, draw, k=k, block_size=block_size, num_outputs=num_outputs, start=start, rtol=rtol
-    )
+    widths = block_size(chosen, k, num_outputs=num_outputs, product=product, draw=draw)
+    method, name = _build(chosen, product, draw, k=k, widths=widths, start=start, rtol=rtol)
     task = Task(
         num_wanted=k,
         rtol=rtol,
         seed=seed,
         verify=verify,
-        fresh_width=0 if isinstance(chosen, Dense) else block_size,
+        fresh_width=0 if isinstance(chosen, Dense) else widths[0],
         method=name,
-        callback=progress_callback(progress),
     )
-    result = Search(task, product, method, draw).run()
+    with progress_display(progress, num_wanted=k) as callback:
+        result = Search(task, product, method, draw, callback).run()
     if result.status != "converged" and on_unconverged == "raise":
         raise NotConvergedError(_explain(result, k, limit), result=result)
     return result
@@ -126,34 +123,8 @@ def _num_outputs(operator: SymmetricOperator) -> int:
 
 def _choose(k: int, n: int, num_outputs: int) -> Solver:
     """Pick ``Dense`` where it is no dearer, else ``Lanczos``."""
-    b = _block_size(Lanczos(), k, n, num_outputs)
-    is_dear = 1.75 * k + 5 * b >= n or k > n / 4
+    is_dear = typical_products(k, num_outputs) >= n or k > n / 4
     return Dense() if n <= _SMALL or (is_dear and n <= _LARGEST_DENSE) else Lanczos()
-
-
-def _block_size(solver: Solver, k: int, n: int, num_outputs: int) -> int:
-    """Fill in the width of a block."""
-    if isinstance(solver, Dense):
-        return min(n, solver.block_size or 256)
-    if isinstance(solver, LOBPCG):
-        guards = max(k // 4, num_outputs + 2) if solver.num_guards is None else solver.num_guards
-        return min(n, k + guards)
-    if isinstance(solver.block_size, int):
-        return min(n, solver.block_size)
-    best = math.sqrt(0.35 * k * _TYPICAL_COST)
-    derived = 2 ** min(6, max(3, round(math.log2(best))))
-    return min(n, max(derived, min(_WIDEST, _start_width(1, k, num_outputs))))
-
-
-def _start_width(block_size: int, k: int, num_outputs: int) -> int:
-    """Choose the columns that a Krylov space grows from.
-
-    A space cannot hold more copies of an eigenvalue than it has start columns, and one that grows from a single
-    column needs luck even for simple ones: in a plateau it passed over one of the ten largest in 7 of 80 runs,
-    and in none with two columns.
-    """
-    copies = min(num_outputs, k)
-    return max(block_size, NUM_FRESH, copies + 2 if copies > 1 else 1)
 
 
 def _build(
@@ -162,32 +133,29 @@ def _build(
     draw: RandomColumns,
     *,
     k: int,
-    block_size: int,
-    num_outputs: int,
+    widths: tuple[int, int],
     start: Tensor | EigenResult | None,
     rtol: float,
 ) -> tuple[Iteration, str]:
     """Make the method that the options describe, and say in words which it is."""
     n = product.rows.total
+    width, first = widths
     if isinstance(solver, Dense):
-        method: Iteration = DenseSpectrum(product, num_wanted=k, block_size=block_size)
-        return method, f"Dense(block_size={block_size})"
+        return DenseSpectrum(product, num_wanted=k, block_size=width), f"Dense(block_size={width})"
     if isinstance(solver, LOBPCG):
-        block = start_block(start, width=block_size, draw=draw)
+        block = start_block(start, width=width, draw=draw)
         method = LocallyOptimal(product, draw, start=block, num_wanted=k, rtol=rtol)
-        return method, f"LOBPCG(num_guards={block_size - k})"
-    width = _start_width(block_size, k, num_outputs)
-    max_basis = min(n, solver.max_basis or 3 * k + 10 * width)
-    least = min(n, k + max(1, k // 8) + 2 * max(width, NUM_FRESH + 1))
+        return method, f"LOBPCG(num_guards={width - k})"
+    max_basis = min(n, solver.max_basis or 3 * k + 10 * first)
+    least = min(n, k + max(1, k // 8) + 2 * max(first, NUM_FRESH + 1))
     if max_basis < least:
         raise ArgumentError(
-            f"max_basis is {max_basis}; {k} pairs in blocks of {block_size} need at least {least} vectors to restart."
+            f"max_basis is {max_basis}; {k} pairs in blocks of {width} need at least {least} vectors to restart."
         )
-    block = start_block(start, width=width, draw=draw)
-    method = BlockKrylov(
-        product, draw, start=block, block_size=block_size, num_wanted=k, max_basis=max_basis, rtol=rtol
-    )
-    return method, f"Lanczos(block_size={block_size}, max_basis={max_basis})"
+    block = start_block(start, width=first, draw=draw)
+    options = {"block_size": width, "max_basis": max_basis}
+    krylov = BlockKrylov(product, draw, start=block, num_wanted=k, rtol=rtol, **options)
+    return krylov, f"Lanczos(block_size={width}, max_basis={max_basis})"
 
 
 def _explain(result: EigenResult, k: int, limit: int) -> str:
