@@ -20,14 +20,20 @@ from ntk_lazy.outputs import OutputMode
 from ntk_lazy.records import SpectrumRecord
 from ntk_lazy.tracker import SpectrumTracker
 
-_SOLVERS: dict[str, Literal["auto"] | Solver] = {"auto": "auto", "lanczos": Lanczos(), "lobpcg": LOBPCG(), "dense": Dense()}
+_SOLVERS: dict[str, Literal["auto"] | Solver] = {
+    "auto": "auto",
+    "lanczos": Lanczos(),
+    "lobpcg": LOBPCG(),
+    "dense": Dense(),
+}
 _MODEL_NOTE = """
-mynet.py in the working directory holds a function build() that returns a torch.nn.Module; x.npy holds one example a
-row. The model is put into eval mode. Weights are a state dict in safetensors, or a torch file read without pickled code.
+mynet.py in the working directory holds a function build() that returns a torch.nn.Module; x.npy holds one example in
+each row. The model is put into eval mode. Weights are a state dict in safetensors, or a torch file, read without
+running what is pickled in it.
 """
 _SPECTRUM_EXAMPLE = f"""\
 example:
-  ntk-lazy spectrum --model mynet:build --weights w.safetensors --data x.npy --target y.npy -k 200 --out spectra/mine
+  ntk-lazy spectrum --model mynet:build --weights w.safetensors --data x.npy --target y.npy -k 200 --out mine
       writes spectrum.jsonl (values, residuals, energies) and vectors/step-00000000.safetensors
 {_MODEL_NOTE}"""
 _EXPLAIN_EXAMPLE = f"""\

@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from numpy.typing import NDArray
 
 from ntk_lazy.study.config import StudyConfig
@@ -82,9 +82,19 @@ def steps_axis(axes: Axes, config: StudyConfig, *, label: bool = True) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.minorticks_off()
     for halving in config.halvings:
-        axes.axvline(halving, color=MUTED, linewidth=0.9, linestyle=(0, (2, 2)), zorder=0)
+        axes.axvline(halving, color=MUTED, linewidth=1.1, linestyle=(0, (1.5, 1.5)), zorder=1)
     if label:
         axes.set_xlabel("training step  (square-root scale; dotted: δ halved)")
+
+
+def log_axis(axes: Axes) -> None:
+    """Make the vertical axis logarithmic, with enough labels where it spans less than three decades."""
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    if high < low * 1e3:
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def graded(count: int, *, name: str = "viridis") -> list[tuple[float, float, float, float]]:
@@ -106,7 +116,7 @@ def _root(values: NDArray[np.float64]) -> NDArray[np.float64]:
 def _ticks(steps: int) -> list[float]:
     """Choose round steps that are apart on the square-root scale."""
     chosen = [0.0]
-    candidates = [m * 10.0**e for e in range(1, 8) for m in (1, 2, 3, 4, 5, 6, 8)]
+    candidates = [m * 10.0**e for e in range(1, 8) for m in (1, 2, 4, 6)]
     for tick in candidates:
         if tick <= steps and np.sqrt(tick / steps) - np.sqrt(chosen[-1] / steps) > 0.11:
             chosen.append(tick)

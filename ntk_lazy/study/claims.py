@@ -57,6 +57,9 @@ def judge(evidence: Evidence) -> list[Claim]:
             table.append(Claim(name, statement, rule, "", "not decided", "stated for a photograph"))
             continue
         shown = analytic_rule if analytic and analytic_rule else rule
+        if not evidence.is_finished:
+            table.append(Claim(name, statement, shown, "", "not decided", "this study has not ended"))
+            continue
         try:
             measured, passed = decide(evidence)
         except _UndecidedError as why:

@@ -78,6 +78,11 @@ class Evidence:
         )
 
     @property
+    def is_finished(self) -> bool:
+        """Whether every snapshot has been taken, successfully or not."""
+        return {r.step for r in self.records} >= set(self.config.snapshot_steps())
+
+    @property
     def usable(self) -> tuple[SpectrumRecord, ...]:
         """The records that hold a spectrum."""
         return tuple(r for r in self.records if r.is_usable)

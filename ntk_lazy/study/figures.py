@@ -7,13 +7,13 @@ from collections.abc import Callable
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter, PercentFormatter
+from matplotlib.ticker import PercentFormatter
 
 from ntk_lazy.records import SpectrumRecord
-from ntk_lazy.study.canvas import ACCENT, INK, MUTED, WARM, graded, new_figure, steps_axis
+from ntk_lazy.study.canvas import ACCENT, INK, MUTED, WARM, graded, log_axis, new_figure, steps_axis
 from ntk_lazy.study.evidence import Evidence
 
-_INDICES = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
+_INDICES = (1, 5, 10, 20, 50, 100, 200, 500, 1000)
 _SHARES = (1, 5, 20, 50, 100, 200, 500, 1000)
 _NAMES = {"target": "target  E(y, k)", "output": "output  E(f, k)", "residual": "residual  E(m, k)"}
 
@@ -61,7 +61,7 @@ def energies_over_time(evidence: Evidence) -> Figure:
         panel.set_ylabel("relative energy")
         panel.set_ylim(-0.03, 1.03)
         steps_axis(panel, evidence.config, label=panel is axes[-1, 0])
-    axes[0, 0].legend(ncols=len(shares), loc="lower right", columnspacing=1.2, handlelength=1.2)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(shares))
     return figure
 
 
@@ -115,14 +115,21 @@ def scalars(evidence: Evidence) -> Figure:
     """Draw loss, trace, effective rank, spectral position, kernel-target alignment and the first-order error."""
     figure, axes = new_figure(6.6, 3, 2, sharex=True)
     panels: list[tuple[str, str, str, Callable[[Axes], object]]] = [
-        ("loss", "Training loss", "1/(2N) Σ (f − y)²", lambda a: a.set_yscale("log")),
-        ("trace", "Trace of K", "tr K", lambda a: a.set_yscale("log")),
+        ("loss", "Training loss", "1/(2N) Σ (f − y)²", log_axis),
+        ("trace", "Trace of K", "tr K", log_axis),
         ("effective_rank", "Effective rank", "(tr K)² / ‖K‖²", lambda a: a.set_ylim(0, None)),
-        ("spectral_position", "Spectral position of the gradient", "χ", lambda a: a.set_yscale("log")),
+        ("spectral_position", "Spectral position of the gradient", "χ", log_axis),
         ("kernel_target_alignment", "Kernel-target alignment", "yᵀKy / (‖K‖ ‖y‖²)", lambda a: a.set_ylim(0, None)),
-        ("first_order_error", "First-order dynamics", "relative error", lambda a: a.set_ylim(0, None)),
+        (
+            "first_order_error",
+            "First-order error  (dashed: rule of C11)",
+            "relative error",
+            lambda a: a.set_ylim(0, None),
+        ),
     ]
     for panel, (name, title, label, finish) in zip(axes.flat, panels, strict=True):
+        if name == "loss" and evidence.losses is not None:
+            panel.plot(*evidence.losses, color=MUTED, linewidth=0.8)
         steps, values = evidence.curve(name)
         panel.plot(steps, values, "o-", color=ACCENT)
         deviations = [r.errors.get(name, 0.0) for r in evidence.usable if r.step in set(steps.tolist())]
@@ -131,13 +138,8 @@ def scalars(evidence: Evidence) -> Figure:
         panel.set_title(title)
         panel.set_ylabel(label)
         finish(panel)
-        if panel.get_yscale() == "log":
-            panel.yaxis.set_minor_formatter(NullFormatter())
         steps_axis(panel, evidence.config, label=False)
-    if evidence.losses is not None:
-        axes.flat[0].plot(*evidence.losses, color=MUTED, linewidth=0.8, zorder=0)
-    axes.flat[5].axhline(0.15, color=WARM, linestyle="--", label="claim C11: ≤ 0.15 off the edge")
-    axes.flat[5].legend(loc="upper right")
+    axes.flat[5].axhline(0.15, color=WARM, linestyle="--")
     figure.supxlabel("training step  (square-root scale; dotted: δ halved)", fontsize=9.5)
     return figure
 

@@ -9,20 +9,26 @@ from matplotlib.image import AxesImage
 
 from ntk_lazy.study.canvas import ACCENT, FUNCTION_COLOURS, WARM, new_figure
 from ntk_lazy.study.portrait import SLICE_POINT, Portrait
-from ntk_lazy.study.target import Picture
+from ntk_lazy.study.target import Picture, Target
 
 _COLUMNS = 3
 
 
-def learning(before: Portrait, after: Portrait, picture: Picture) -> Figure:
-    """Draw target, output and residual at the start and at the end."""
+def learning(before: Portrait, after: Portrait, target: Target) -> Figure:
+    """Draw target and training points, and output and residual at the start and at the end."""
+    picture = target.picture
     figure, axes = new_figure(4.9, 2, 3)
     span = float(np.quantile(np.abs(picture), 0.995))
     for row, portrait in zip(axes, (before, after), strict=True):
         output = portrait.output.double().numpy()
-        grey = _show(row[0], picture, span, colours="gray", title="target y")
-        _show(row[1], output, span, colours="gray", title=f"output f, step {portrait.step:,}")
+        grey = _show(row[1], output, span, colours="gray", title=f"output f, step {portrait.step:,}")
         red = _show(row[2], output - picture, span, title=f"residual f − y, step {portrait.step:,}")
+    _show(axes[0, 0], picture, span, colours="gray", title="target y")
+    height, width = picture.shape
+    columns, rows = (target.train_x.double().cpu().numpy().T + 1) / 2 * np.array([[width], [height]]) - 0.5
+    _show(axes[1, 0], np.full_like(picture, span), span, colours="gray", title=f"the {len(rows):,} training points")
+    values = target.train_y.reshape(-1).double().cpu().numpy()
+    axes[1, 0].scatter(columns, rows, c=values, s=2, cmap="gray", vmin=-span, vmax=1.2 * span, linewidths=0)
     figure.colorbar(grey, ax=axes[:, :2], shrink=0.6, aspect=30, location="bottom", label="grey value, standardised")
     figure.colorbar(red, ax=axes[:, 2:], shrink=0.9, aspect=16, location="bottom", label="residual")
     return figure
@@ -81,12 +87,12 @@ def frequencies(before: Portrait, after: Portrait) -> Figure:
     last = axes[0, 2]
     for portrait, colour in ((before, WARM), (after, ACCENT)):
         index = np.arange(1, len(portrait.mean_frequencies) + 1)
-        label = f"step {portrait.step:,}  (Spearman {portrait.frequency_order:.2f})"
+        label = f"step {portrait.step:,}, Spearman {portrait.frequency_order:.2f}"
         last.plot(index, portrait.mean_frequencies.numpy(), ".", color=colour, label=label)
     last.set_title("Frequency of eigenfunctions")
     last.set_xlabel("index  i")
     last.set_ylabel("mean frequency of ψᵢ")
-    last.legend(loc="upper left")
+    last.legend(loc="lower right", handletextpad=0.1, borderaxespad=0.1)
     last.set_ylim(0, None)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower left", ncols=4)
     return figure
@@ -110,7 +116,7 @@ def kernels(before: Portrait, after: Portrait) -> Figure:
         figure.colorbar(image, ax=row[0], shrink=0.85)
         norms = portrait.gradient_norms.double().numpy()
         image = row[1].imshow(norms, cmap="magma", vmin=0, interpolation="nearest")
-        _bare(row[1], f"‖∇_θ f(x)‖, step {portrait.step:,}")
+        _bare(row[1], f"gradient norm ‖∇$_θ$ f(x)‖, step {portrait.step:,}")
         figure.colorbar(image, ax=row[1], shrink=0.85)
     return figure
 

@@ -58,7 +58,7 @@ def _render(
     return template.render(
         title=f"Neural spectrum alignment on {Path(config.image).name}",
         summary=_summary(config),
-        unfinished="" if done == wanted else f"This study has not ended: {done} of {wanted} snapshots are there.",
+        unfinished="" if evidence.is_finished else f"This study has not ended: {done} of {wanted} snapshots are there.",
         failures=[f"Step {r.step:,}: no spectrum. {r.message}" for r in evidence.records if not r.is_usable],
         numbers=_numbers(evidence, claims, k),
         claims=claims,

@@ -37,11 +37,17 @@ def sections_of(evidence: Evidence) -> Iterator[Section]:
     """List the sections that there is something to show for."""
     before, after, config = evidence.before, evidence.after, evidence.config
     if before is not None and after is not None:
-        picture = Target.of(config).picture
+        target = Target.of(config)
         yield Section(
             "What was learned",
             "The network sees a few thousand pixels; here it is evaluated on all of them.",
-            (Image("learning", "Target, output and residual.", lambda: pictures.learning(before, after, picture)),),
+            (
+                Image(
+                    "learning",
+                    "Target and training points; output and residual at the start and at the end.",
+                    lambda: pictures.learning(before, after, target),
+                ),
+            ),
         )
     if not evidence.usable:
         return
@@ -110,6 +116,6 @@ def _portrait_sections(evidence: Evidence) -> Iterator[Section]:
     )
     yield Section(
         "The kernel itself",
-        "K(x₀, ·) is what a step on the point x₀ (circle) does to all others; ‖∇_θ f(x)‖² is the diagonal of K.",
+        "K(x₀, ·) is what a step on the point x₀ (circle) does to all others; ‖∇f(x)‖², over the parameters, is the diagonal of K.",
         (Image("kernels", "Kernel slices and gradient norms.", lambda: pictures.kernels(before, after)),),
     )
