@@ -103,7 +103,7 @@ def eigenfunctions(pairs: Eigenpairs, K: FactoredKernel) -> Eigenfunctions:
         )
     directions = K.jacobian_rmatmul(V.to(K.device, K.dtype))
     _check_match(directions, values, pairs.residual_norms.double().cpu())
-    directions = directions / values.to(directions.device, directions.dtype)
+    directions /= values.to(directions.device, directions.dtype)
     return Eigenfunctions(kernel=K, values=values, directions=directions)
 
 

@@ -13,8 +13,12 @@ from oracle import defect, dense_jacobian, dense_kernel
 from torch import nn
 
 import ntk_lazy as nl
+from ntk_lazy.alignment import principal_angles, relative_energy
+from ntk_lazy.dynamics import information_flow, stability
+from ntk_lazy.eigen import eigsh
 from ntk_lazy.eigenfunctions import eigenfunctions, kernel_slice, radial_spectrum
 from ntk_lazy.errors import ArgumentError, DegenerateError, NonFiniteError, ShapeError
+from ntk_lazy.estimate import frobenius_norm
 
 EPS = torch.finfo(torch.float64).eps
 C = 2
@@ -65,6 +69,32 @@ def test_float32_functions_agree_with_float64_ones():
     assert found.dtype == torch.float32
     allowed = 50 * torch.finfo(torch.float32).eps * (pairs.values[0] / pairs.values[-1]).sqrt()
     assert defect(found, expected) <= allowed
+
+
+def test_a_certified_float32_result_goes_through_every_measure():
+    net, x = _network(), normal(150, 2, seed=0)
+    J, y = dense_jacobian(net, x), normal(150, C, seed=1)
+    dense = J @ J.mT
+    K = nl.ntk(net.float(), x.float())
+    pairs = eigsh(K, 6, seed=0)
+    assert pairs.converged.all()
+    eps = torch.finfo(torch.float32).eps
+    relative = pairs.residual_norms / pairs.values
+    errors = (eigenfunctions(pairs, K)(x.float()).double() - pairs.vectors.double()).norm(dim=0)
+    assert (errors <= relative + 50 * eps * pairs.values[0] / pairs.values).all()
+    exact = KnownPairs.of(dense, 6)
+    allowed = 4 * float(pairs.bounds.space_angle) + 100 * eps
+    assert abs(relative_energy(pairs, y)[-1] - relative_energy(exact, y)[-1]) <= allowed
+    assert principal_angles(pairs, exact)[-1] <= allowed
+    norm = frobenius_norm(K, pairs=pairs)
+    assert abs(norm.value - dense.norm().item()) <= 4 * norm.standard_error
+    flow, exact_flow = (
+        information_flow(p, y, 0.1, kernel=A, num_examples=150) for p, A in [(pairs, K), (exact, dense)]
+    )
+    assert flow.loss_share[-1].item() == pytest.approx(exact_flow.loss_share[-1].item(), abs=allowed)
+    assert flow.loss_decrease == pytest.approx(exact_flow.loss_decrease, rel=100 * eps)
+    sharpness = stability(pairs, 0.1, num_examples=150)
+    assert sharpness.value == pytest.approx(0.1 * exact.values[0].item() / 150, rel=1e-5)
 
 
 def test_values_at_the_noise_floor_have_no_eigenfunction():

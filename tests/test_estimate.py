@@ -125,6 +125,12 @@ def test_the_trace_of_a_matrix_of_low_rank_is_found_to_rounding(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_trace_of_a_multiple_of_the_identity_takes_no_luck(dtype):
+    found = trace(3 * torch.eye(400, dtype=dtype), method="stochastic", num_samples=8)
+    assert found.value == pytest.approx(1200, rel=1e-9)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("num_samples", [19, 20, 50])
 def test_the_trace_is_right_when_samples_are_as_many_as_rows(num_samples, dtype):
     K = matrix(decaying("1/i", 20), seed=0, dtype=dtype)
@@ -188,6 +194,22 @@ def test_ranks_follow_their_definitions_and_their_order(decay):
     sampled = effective_rank(K, trace=trace(K, method="stochastic"), frobenius=frobenius_norm(K))
     assert sampled.num_products == 0
     assert abs(sampled.value - expected["participation"]) <= 4 * sampled.standard_error
+
+
+def test_errors_of_trace_and_norm_go_into_the_error_of_a_rank():
+    total = Estimate(value=10.0, standard_error=1.0, num_products=5)
+    norm = Estimate(value=2.0, standard_error=0.1, num_products=7)
+    K = torch.eye(30)
+    both = effective_rank(K, trace=total, frobenius=norm)
+    assert both.value == pytest.approx(25)
+    assert both.standard_error == pytest.approx(25 * 2 * math.hypot(0.1, 0.05))
+    pairs = KnownPairs.of(K, 1)
+    one = effective_rank(K, definition="trace", pairs=pairs, trace=total)
+    assert (one.value, one.standard_error) == (pytest.approx(10), pytest.approx(1))
+    other = effective_rank(K, definition="stable", pairs=pairs, frobenius=norm)
+    assert (other.value, other.standard_error) == (pytest.approx(4), pytest.approx(0.4))
+    assert str(norm) == "2 ± 0.1"
+    assert str(effective_rank(K, frobenius=frobenius_norm(K, num_samples=30))) == "30"
 
 
 def test_what_cannot_be_measured_is_refused():

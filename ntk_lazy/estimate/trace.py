@@ -93,8 +93,8 @@ def _nystrom(
     lowest = _lowest_eigenvalue(F, H)
     if lowest < -(torch.finfo(dtype).eps ** 0.5):
         raise ArgumentError(
-            f"the operator has an eigenvalue below {lowest:.1e} ‖A‖: it is not positive semi-definite, and the "
-            "stochastic trace would be wrong. Use method='exact'."
+            "vᵀ A v is negative for some v: the operator is not positive semi-definite, and the stochastic trace "
+            "would be wrong. Use method='exact'."
         )
     # The trace of A + ν I is estimated instead and ν n taken off: no bias, whatever ν is.
     nu = max(_SHIFT * torch.finfo(dtype).eps, _SMALLEST_SHIFT, -2 * lowest)
