@@ -334,7 +334,7 @@ _MISSHAPEN = [
     Case(name="mean over the batch", build=lambda: Headed(lambda y: y.mean()), draw=X, says=("()", "output_fn")),
     Case(
         name="outputs first",
-        build=lambda: Headed(lambda y: y.mT, num_outputs=4),
+        build=lambda: Headed(lambda y: y.mT, num_outputs=6),
         draw=X,
         says=("first dimension", "output_fn"),
     ),
