@@ -63,6 +63,8 @@ def error_bounds(
     reach = residual_norms + noise
     first = _cluster_starts(values, reach)
     value, angle = reach.clone(), torch.ones(k, dtype=torch.float64)
+    if k == 0:
+        return ErrorBounds(value=value, angle=angle, space_angle=1.0, residual_norm=0.0)
     for begin, end in zip(first, [*first[1:], k], strict=True):
         above = float(values[begin - 1] - reach[begin - 1]) if begin else float("inf")
         below = float(values[end] + reach[end]) if end < k else next_value
@@ -74,7 +76,7 @@ def error_bounds(
         if end - begin == 1:
             value[begin] = min(norm, norm * norm / gap + noise)
     total = float(residual_norms.square().sum().sqrt())
-    gap = float(values[-1]) - next_value if k else 0.0
+    gap = float(values[-1]) - next_value
     space = min(1.0, total / gap) if gap > 0 else 1.0
     return ErrorBounds(value=value, angle=angle, space_angle=space, residual_norm=total)
 
@@ -83,6 +85,5 @@ def _cluster_starts(values: Tensor, reach: Tensor) -> list[int]:
     """Index of the first member of every cluster: neighbours whose intervals meet belong together."""
     lower = values - reach
     upper = values + reach
-    starts = [0] if values.numel() else []
-    starts += [i for i in range(1, values.numel()) if float(lower[:i].min()) > float(upper[i:].max())]
-    return starts
+    later = range(1, values.numel())
+    return [0, *(i for i in later if float(lower[:i].min()) > float(upper[i:].max()))]

@@ -78,3 +78,6 @@ class DenseSpectrum:
 
     def inject(self, block: Block) -> None:
         """Nothing can be added."""
+
+    def tighten(self, rtol: float) -> None:
+        """Nothing can be improved."""

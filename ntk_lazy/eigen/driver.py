@@ -19,6 +19,7 @@ from ntk_lazy.eigen.verify import Verify, look_for_missed, make_probe
 from ntk_lazy.linalg.gram import TILE_BYTES
 
 _PATIENCE = 8  # steps without progress before residuals of rounding size count as all there is
+_STRICTEST = 0.2  # of the tolerance: where a search stops making room for rounding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,10 +50,10 @@ class _Watch:
     best: float = float("inf")
     idle_steps: int = 0
 
-    def sees_progress(self, worst: float) -> bool:
-        """Take the worst ratio of residual to tolerance; say whether to go on."""
-        if worst < 0.7 * self.best:
-            self.best, self.idle_steps = worst, 0
+    def sees_progress(self, excess: float) -> bool:
+        """Take the sum of the orders by which residuals exceed their tolerances; say whether to go on."""
+        if excess < 0.95 * self.best:
+            self.best, self.idle_steps = excess, 0
         else:
             self.idle_steps += 1
         return self.idle_steps < _PATIENCE
@@ -70,13 +71,13 @@ class Search:
     began: float = field(default_factory=time.perf_counter)
     peak_bytes: int = 0
     completeness: Completeness = field(default_factory=lambda: Completeness(method="none"))
-    probe_columns: int = 0
+    check_columns: int = 0
+    search_rtol: float = 0.0
 
     @property
     def criterion(self) -> Criterion:
         """The test that pairs must pass, with the noise measured so far."""
-        floor = self.product.noise_floor
-        return Criterion(rtol=self.task.rtol, noise_floor=floor)
+        return Criterion(rtol=self.task.rtol, noise_floor=self.product.noise_floor)
 
     def run(self) -> EigenResult:
         """Iterate until the set is complete, the products are spent, or only rounding is left.
@@ -84,58 +85,58 @@ class Search:
         Cost: the products of the method, those of the probe and those of ``certify``; beside the method's own
             vectors, three blocks of the width of a call and two tiles of float64.
         """
+        self.search_rtol = self.task.rtol
         pairs: RitzPairs | None = None
+        found: CertifiedPairs | None = None
         watch = _Watch()
-        status: Status
-        while True:
+        status: Status | None = None
+        while status is None:
             if not self.product.affords(self.method.next_width):
                 status = "max_products"
                 break
             self._note_bytes(3 * self.method.next_width)
             pairs = self.method.step()
             self.product.check_symmetry(pairs.asymmetry)
-            worst = self._worst_ratio(pairs)
             self._tell(pairs)
-            if worst <= 1:
-                if self._is_complete(pairs):
-                    status = "converged"
-                    break
-                if not self.product.affords(self.method.next_width):
-                    status = "max_products"
-                    break
+            excess = self._excess(pairs)
+            is_stuck = self.method.is_exhaustive or (not watch.sees_progress(excess) and self._is_rounding(pairs))
+            if excess > 0 and not is_stuck:
+                continue
+            if self._may_have_missed(pairs):
                 watch = _Watch()
-            elif self.method.is_exhaustive or (not watch.sees_progress(worst) and self._is_rounding(pairs)):
-                status = "noise_floor"
-                break
-        search_columns = self.product.num_columns - self.probe_columns
-        return self._conclude(pairs, status, search_columns)
+                continue
+            found = self._certify(pairs)
+            status = self._judge(found, pairs.spread)
+            watch = _Watch()
+        if pairs is not None and found is None:
+            found = self._certify(pairs)
+        return self._conclude(pairs, found or self._nothing(), status or "max_products")
 
-    def _worst_ratio(self, pairs: RitzPairs) -> float:
-        """Largest residual over its tolerance among the wanted pairs; infinite while there are fewer."""
+    def _excess(self, pairs: RitzPairs) -> float:
+        """Sum the orders by which residuals exceed tolerances; zero if none does, infinite while pairs are missing."""
         k = self.task.num_wanted
         if pairs.theta.numel() < k:
             return float("inf")
-        residuals, theta = pairs.residuals[:k], pairs.theta[:k]
-        allowed = self.criterion.tolerances(theta, pairs.spread)
-        if bool((residuals <= allowed).all()):
-            return 0.0
-        return float((residuals / allowed.clamp_min(torch.finfo(torch.float64).tiny)).max())
+        criterion = Criterion(rtol=self.search_rtol, noise_floor=self.product.noise_floor)
+        allowed = criterion.tolerances(pairs.theta[:k], pairs.spread)
+        above = pairs.residuals[:k] > allowed
+        tiny = torch.finfo(torch.float64).tiny
+        return float((pairs.residuals[:k] / allowed.clamp_min(tiny))[above].log10().sum())
 
     def _is_rounding(self, pairs: RitzPairs) -> bool:
-        """Whether every residual that is too large is of the size of rounding."""
+        """Whether every residual is of the size of rounding."""
         k = self.task.num_wanted
-        return pairs.theta.numel() >= k and bool(
-            (pairs.residuals[:k] <= self.criterion.noise_floor * pairs.spread).all()
-        )
+        size = float(torch.finfo(self.draw.dtype).eps) * pairs.spread
+        return pairs.theta.numel() >= k and bool((pairs.residuals[:k] <= size).all())
 
-    def _is_complete(self, pairs: RitzPairs) -> bool:
-        """Probe for missed eigenvalues; whatever is found joins the space."""
+    def _may_have_missed(self, pairs: RitzPairs) -> bool:
+        """Probe for missed eigenvalues; whatever is found joins the space. A clean probe is not repeated."""
         task = self.task
         if self.method.is_exhaustive:
             self.completeness = Completeness(method="exhaustive")
-            return True
-        if task.verify is False:
-            return True
+            return False
+        if task.verify is False or self.completeness.method != "none":
+            return False
         probe = make_probe(task.verify, self.product.rows.total)
         if not self.product.affords(probe.total_columns):
             return False
@@ -143,43 +144,62 @@ class Search:
         space, theta = self.method.space(), pairs.theta[: task.num_wanted]
         noise = float(torch.finfo(self.draw.dtype).eps) * pairs.spread
         verdict = look_for_missed(space, theta, noise, probe=probe, product=self.product, draw=self.draw)
-        self.probe_columns += verdict.completeness.columns
+        self.check_columns += verdict.completeness.columns
         self.completeness = verdict.completeness
-        if verdict.missed is None:
-            return True
-        self.method.inject(verdict.missed)
-        return False
+        if verdict.missed is not None:
+            self.method.inject(verdict.missed)
+        return verdict.missed is not None
 
-    def _conclude(self, pairs: RitzPairs | None, status: Status, search_columns: int) -> EigenResult:
-        """Certify what there is and write the result."""
+    def _certify(self, pairs: RitzPairs) -> CertifiedPairs:
+        """Spend fresh products on what the search ended with."""
         task = self.task
-        if pairs is None:
-            found = self._nothing()
-            spread, following = 0.0, float("inf")
-        else:
-            k = min(task.num_wanted, pairs.theta.numel())
-            self._note_bytes(2 * k + 3 * max(task.fresh_width, 32))
-            found = certify(
-                pairs,
-                task.num_wanted,
-                method=self.method,
-                product=self.product,
-                draw=self.draw,
-                criterion=self.criterion,
-                fresh_width=task.fresh_width,
-            )
-            spread = pairs.spread
-            following = self._next_value(pairs, k)
-        converged = self.criterion.met(found.theta, found.residuals, spread)
-        if status == "converged" and not bool(converged.all()):
-            status = "noise_floor" if found.is_measured else "max_products"
+        self._note_bytes(2 * task.num_wanted + 3 * max(task.fresh_width, 32))
+        before = self.product.num_columns
+        found = certify(
+            pairs,
+            task.num_wanted,
+            method=self.method,
+            product=self.product,
+            draw=self.draw,
+            criterion=self.criterion,
+            fresh_width=task.fresh_width,
+        )
+        self.check_columns += self.product.num_columns - before
+        return found
+
+    def _judge(self, found: CertifiedPairs, spread: float) -> Status | None:
+        """Say how a certified set ends the search; None to go on with a stricter search.
+
+        A residual is made of what the search left and of rounding. Where rounding alone is within the tolerance, the
+        search can make room for it.
+        """
+        met = self.criterion.met(found.theta, found.residuals, spread)
+        is_probed = self.task.verify is False or self.completeness.method != "none"
+        if bool(met.all()):
+            return "converged" if is_probed else "max_products"
+        if not found.is_measured:
+            return "max_products"
+        allowed = self.criterion.tolerances(found.theta, spread)
+        has_room = bool((found.noise <= 0.9 * allowed)[~met].all())
+        if self.method.is_exhaustive or not has_room or self.search_rtol < _STRICTEST * self.task.rtol:
+            return "noise_floor"
+        self.search_rtol /= 2
+        self.method.tighten(self.search_rtol)
+        return None
+
+    def _conclude(self, pairs: RitzPairs | None, found: CertifiedPairs, status: Status) -> EigenResult:
+        """Write the result in the units of the operator."""
+        task = self.task
+        spread, following = 0.0, float("inf")
+        if pairs is not None:
+            spread, following = pairs.spread, self._next_value(pairs, found.theta.numel())
         scale = self.product.scale
         noise = float(found.noise.max()) if found.noise.numel() else 0.0
         return EigenResult(
             values=found.theta * scale,
             vectors=found.X,
             residual_norms=found.residuals * scale,
-            converged=converged,
+            converged=self.criterion.met(found.theta, found.residuals, spread),
             status=status,
             noise_floor=self.criterion.noise_floor,
             completeness=self.completeness,
@@ -192,7 +212,7 @@ class Search:
             cost=Cost(
                 block_calls=self.product.num_calls,
                 columns=self.product.num_columns,
-                search_columns=search_columns,
+                search_columns=self.product.num_columns - self.check_columns,
                 half_columns=self.product.num_half_columns,
                 seconds=time.perf_counter() - self.began,
                 peak_bytes=self.peak_bytes,

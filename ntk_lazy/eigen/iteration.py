@@ -82,3 +82,7 @@ class Iteration(Protocol):
     def inject(self, block: Block) -> None:
         """Add directions to the space."""
         ...
+
+    def tighten(self, rtol: float) -> None:
+        """Aim at a smaller tolerance from now on."""
+        ...

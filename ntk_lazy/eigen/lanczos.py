@@ -89,6 +89,10 @@ class BlockKrylov:
         self._num_due = self._basis.size - self._num_done
         self._num_next = min(self._num_due, self._block_size)
 
+    def tighten(self, rtol: float) -> None:
+        """Aim at a smaller tolerance from the next step on."""
+        self._rtol = rtol
+
     def step(self) -> RitzPairs:
         """Multiply the next columns, restarting first when their image would not fit."""
         width = self._num_next

@@ -78,6 +78,10 @@ class LocallyOptimal:
         self._pending = torch.cat([self._pending, made.Q], dim=1)
         self._width = min(self._width + block.shape[1], self._product.rows.total)
 
+    def tighten(self, rtol: float) -> None:
+        """Aim at a smaller tolerance from the next step on."""
+        self._rtol = rtol
+
     def step(self) -> RitzPairs:
         """Multiply ``W``, project on ``[X P W]``, and choose the next ``X``, ``P`` and ``W``."""
         image = self._product(self._pending)

@@ -76,7 +76,8 @@ def eigsh(  # noqa: PLR0913 - the public signature is fixed by the design
     """
     operator = as_symmetric_operator(A)
     n = operator.rows.total
-    _check_arguments(k, n, rtol, max_products, verify, on_unconverged)
+    _check_arguments(k, n, rtol=rtol, max_products=max_products)
+    _check_choices(solver, verify, on_unconverged)
     draw = RandomColumns(operator.rows, seed=seed, dtype=operator.dtype, device=operator.device)
     num_outputs = _num_outputs(operator)
     chosen = _choose(k, n, num_outputs) if solver == "auto" else solver
@@ -99,17 +100,21 @@ def eigsh(  # noqa: PLR0913 - the public signature is fixed by the design
     return result
 
 
-def _check_arguments(
-    k: int, n: int, rtol: float, max_products: int | None, verify: object, on_unconverged: object
-) -> None:
-    """Refuse what cannot be meant, before a product is spent."""
+def _check_arguments(k: int, n: int, *, rtol: float, max_products: int | None) -> None:
+    """Refuse numbers that cannot be meant, before a product is spent."""
     if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= n:
         raise ArgumentError(f"k is {k!r}; an operator with {n} rows has 1 to {n} eigenpairs.")
     if not 0 < rtol < 1:
         raise ArgumentError(f"rtol is {rtol!r}; it is relative to each eigenvalue and lies between 0 and 1.")
     if max_products is not None and max_products < 1:
         raise ArgumentError(f"max_products is {max_products}; nothing can be found without a product.")
-    if verify not in ("fast", "rigorous", False):
+
+
+def _check_choices(solver: object, verify: object, on_unconverged: object) -> None:
+    """Refuse names that do not exist."""
+    if solver != "auto" and not isinstance(solver, Solver):
+        raise ArgumentError(f"solver is {solver!r}; it is 'auto', Lanczos(...), LOBPCG(...) or Dense(...).")
+    if verify is not False and verify not in ("fast", "rigorous"):
         raise ArgumentError(f"verify is {verify!r}; it is 'fast', 'rigorous' or False.")
     if on_unconverged not in ("raise", "return"):
         raise ArgumentError(f"on_unconverged is {on_unconverged!r}; it is 'raise' or 'return'.")
