@@ -45,10 +45,10 @@ class Diagnosis:
     def __str__(self) -> str:
         lines = [f"{self.model}: {'ready' if self.is_supported else 'no kernel'}"]
         if self.problem is not None:
-            lines.append(f"  problem    {self.problem}")
+            lines.append(f"  problem  {self.problem}")
         if self.plan is not None:
             lines += str(self.plan).split("\n")
-        return "\n".join([*lines, *(f"  remark     {remark}" for remark in self.remarks)])
+        return "\n".join([*lines, *(f"  remark   {remark}" for remark in self.remarks)])
 
 
 def doctor(
