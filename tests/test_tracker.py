@@ -73,10 +73,12 @@ def test_the_first_order_error_is_that_of_the_step_the_training_takes_next():
     loss.backward()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter -= lr * parameter.grad
+            parameter.sub_(lr * parameter.grad)
     actual = model(x).detach() - before
     cosine = (actual * predicted).sum() / actual.norm() / predicted.norm()
-    assert record.scalars["first_order_error"] == pytest.approx(float((actual - predicted).norm() / actual.norm()), rel=1e-6)
+    assert record.scalars["first_order_error"] == pytest.approx(
+        float((actual - predicted).norm() / actual.norm()), rel=1e-6
+    )
     assert record.scalars["first_order_cosine"] == pytest.approx(float(cosine), rel=1e-9)
 
 

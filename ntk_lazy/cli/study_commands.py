@@ -81,7 +81,6 @@ def _study(arguments: argparse.Namespace) -> int:
     started = time.perf_counter()
     try:
         with display_for(total=config.steps) as display:
-            display.say(f"study {name}: {config.steps:,} steps, {len(config.snapshot_steps())} snapshots, in {folder}")
             evidence = run_study(config, folder, display=display)
             display.say("writing the report")
             path = write_report(evidence, StudyFolder(folder))

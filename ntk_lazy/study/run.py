@@ -51,6 +51,7 @@ def run_study(config: StudyConfig, folder: Path, *, display: Display | None = No
     place = StudyFolder(folder)
     display = Silent() if display is None else display
     is_resumed = place.claim(config)
+    display.say(f"study in {folder}: {config.steps:,} steps, {len(config.snapshot_steps())} snapshots")
     run = _Run(config, place, target, display)
     if is_resumed:
         run.resume()

@@ -116,6 +116,7 @@ def _portrait_sections(evidence: Evidence) -> Iterator[Section]:
     )
     yield Section(
         "The kernel itself",
-        "K(x₀, ·) is what a step on the point x₀ (circle) does to all others; ‖∇f(x)‖², over the parameters, is the diagonal of K.",
+        "K(x₀, ·) is what a step on the point x₀ (circle) does to all others; ‖∇f(x)‖², over the parameters, is the "
+        "diagonal of K.",
         (Image("kernels", "Kernel slices and gradient norms.", lambda: pictures.kernels(before, after)),),
     )
