@@ -10,8 +10,7 @@ from ntk_lazy.columns import Eigenpairs, HasVectors, as_directions, check_orthon
 from ntk_lazy.errors import ArgumentError, DegenerateError, ShapeError
 from ntk_lazy.estimate import Deflation, Estimate, frobenius_norm, jackknife_error, sample_products
 from ntk_lazy.estimate import trace as exact_trace
-from ntk_lazy.linalg import gram
-from ntk_lazy.linalg.gram import row_tiles
+from ntk_lazy.linalg import gram, row_tiles
 from ntk_lazy.products import Operator, quadratic_form, rows_of
 from ntk_lazy.rows import Rows
 

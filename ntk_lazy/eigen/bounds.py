@@ -50,7 +50,7 @@ def error_bounds(
         values: Descending.
         residual_norms: Of the same pairs.
         next_value: An upper estimate of the first eigenvalue that is not among them: its Ritz value plus its
-            residual norm; minus infinity when there is none.
+            residual norm; minus infinity when there is none, infinity when nothing is known of it.
         noise: Norm of the rounding of a product.
 
     Returns:

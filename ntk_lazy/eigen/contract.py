@@ -11,7 +11,7 @@ from linear_operator import LinearOperator
 from torch import Tensor
 
 from ntk_lazy.errors import ArgumentError, NonFiniteError, ShapeError
-from ntk_lazy.linalg.gram import row_tiles
+from ntk_lazy.linalg.tiles import row_tiles
 from ntk_lazy.rows import Rows
 from ntk_lazy.shapes import Block, SmallMatrix
 

@@ -16,7 +16,7 @@ from ntk_lazy.eigen.progress import Callback, SolveState
 from ntk_lazy.eigen.random_columns import RandomColumns
 from ntk_lazy.eigen.result import Completeness, Cost, EigenResult, Status
 from ntk_lazy.eigen.verify import Verify, look_for_missed, make_probe
-from ntk_lazy.linalg.gram import TILE_BYTES
+from ntk_lazy.linalg.tiles import TILE_BYTES
 
 _PATIENCE = 8  # steps without progress before residuals of rounding size count as all there is
 _STRICTEST = 0.2  # of the tolerance: where a search stops making room for rounding
@@ -71,6 +71,7 @@ class Search:
     began: float = field(default_factory=time.perf_counter)
     peak_bytes: int = 0
     completeness: Completeness = field(default_factory=lambda: Completeness(method="none"))
+    next_seen: float = float("inf")
     check_columns: int = 0
     search_rtol: float = 0.0
 
@@ -146,6 +147,7 @@ class Search:
         verdict = look_for_missed(space, theta, noise, probe=probe, product=self.product, draw=self.draw)
         self.check_columns += verdict.completeness.columns
         self.completeness = verdict.completeness
+        self.next_seen = verdict.next_value
         if verdict.missed is not None:
             self.method.inject(verdict.missed)
         return verdict.missed is not None
@@ -223,12 +225,14 @@ class Search:
         )
 
     def _next_value(self, pairs: RitzPairs, k: int) -> float:
-        """Bound the first eigenvalue that is not wanted."""
+        """Bound the first eigenvalue that is not wanted; infinite where it may be a copy of the last wanted one."""
         if k == self.product.rows.total:
             return float("-inf")
         if pairs.theta.numel() <= k:
             return float("inf")
-        return float(pairs.theta[k] + pairs.residuals[k])
+        known = float(pairs.theta[k] + pairs.residuals[k])
+        is_known = self.completeness.method == "exhaustive" or self.next_seen <= known
+        return known if is_known else float("inf")
 
     def _nothing(self) -> CertifiedPairs:
         """No pairs at all."""

@@ -63,11 +63,14 @@ class Verdict:
 
     Attributes:
         completeness: The claim, if nothing was found.
-        missed: Directions with Ritz values above the last value, to be searched; None if there are none.
+        missed: Directions that raise one of the values, to be searched; None if there are none.
+        next_value: First value that is not wanted, extracted with the help of the probe; a copy of the last wanted
+            one shows here.
     """
 
     completeness: Completeness
     missed: Block | None
+    next_value: float
 
 
 def look_for_missed(
@@ -92,19 +95,19 @@ def look_for_missed(
     room = rows.total - space.V.shape[1]
     width = min(probe.num_columns, room)
     if width == 0:
-        return Verdict(Completeness(method="exhaustive"), None)
+        return Verdict(Completeness(method="exhaustive"), None, float("-inf"))
     V = space.V
     Z = Basis(rows, dtype=V.dtype, device=V.device, capacity=probe.total_columns)
     images = Basis(rows, dtype=V.dtype, device=V.device, capacity=probe.total_columns, has_gram=False)
-    following, columns = draw(width), 0
+    block, columns = draw(width), 0
     for _ in range(probe.num_steps):
         width = min(width, room - Z.size)
         if width == 0:
             break
-        made = orthonormalise(following, [V, Z.block], rows=rows, width=width, draw=draw)
+        made = orthonormalise(block, [V, Z.block], rows=rows, width=width, draw=draw)
         Z.append(made.Q)
-        following = product(made.Q)
-        images.append(following)
+        block = product(made.Q)
+        images.append(block)
         columns += width
     cross = gram(V, images.block, rows=rows)
     inner = gram(Z.block, images.block, rows=rows)
@@ -113,6 +116,7 @@ def look_for_missed(
     M = torch.cat([torch.cat([space.M, overlap], dim=1), torch.cat([overlap.mT, Z.gram_matrix], dim=1)])
     better, Y = rayleigh_ritz(T, M)
     k = theta.numel()
+    following = float(better[k]) if better.numel() > k else float("-inf")
     rise = better[:k] - theta
     has_risen = rise > _SLACK * theta.abs() + noise
     outside = float(rayleigh_ritz(inner, Z.gram_matrix)[0][0])
@@ -121,7 +125,7 @@ def look_for_missed(
     if bool(has_risen.any()):
         U, _, _ = torch.linalg.svd(Y[V.shape[1] :, :k][:, has_risen], full_matrices=False)
         missed = combine(Z.block, U[:, : probe.num_columns])
-        return Verdict(Completeness(method="none", columns=columns, largest_outside=relative), missed)
+        return Verdict(Completeness(method="none", columns=columns, largest_outside=relative), missed, following)
     is_rigorous = probe.level == "rigorous" and last > noise
     return Verdict(
         Completeness(
@@ -132,4 +136,5 @@ def look_for_missed(
             failure_probability=_RIGOROUS_FAILURE if is_rigorous else 1.0,
         ),
         None,
+        following,
     )

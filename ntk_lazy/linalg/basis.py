@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from ntk_lazy.linalg.gram import combine, gram, row_tiles
+from ntk_lazy.linalg.tiles import combine, gram, row_tiles
 from ntk_lazy.rows import Rows
 
 

@@ -15,11 +15,12 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from ntk_lazy.linalg.gram import column_norms, combine, gram, subtract_
+from ntk_lazy.linalg.tiles import column_norms, combine, gram, subtract_
 from ntk_lazy.rows import Rows
 
 _EPS64 = torch.finfo(torch.float64).eps
 _MAX_ROUNDS = 4
+_NOISE_IN_EPS = 8
 _LOST = 1e-3  # of a unit column; the shift lets a direction shrink to its share of sqrt(shift), about 1e-6
 
 
@@ -113,7 +114,7 @@ def _reveal_rank(W: Tensor, known: Sequence[Tensor], before: Tensor, *, rows: Ro
     """
     num_columns = W.shape[1]
     room = min(num_columns, rows.total - sum(block.shape[1] for block in known))
-    noise = 2 * torch.finfo(W.dtype).eps * before
+    noise = _NOISE_IN_EPS * torch.finfo(W.dtype).eps * before
     parts: list[Tensor] = []
     factors: list[Tensor] = []
     found = 0
