@@ -168,6 +168,8 @@ def test_the_gradient_norm_is_loss_times_net_times_position(outputs):
     trace = dense_jacobian(net, x).square().sum().item()
     position = spectral_position(K, g)
     assert g.square().sum().item() * trace * position.value == pytest.approx(squared_norm, rel=1e-12)
+    two_sided = nl.ntk(net, x, x.clone())  # does not know that its two sides are the same points
+    assert spectral_position(two_sided, g).value == pytest.approx(position.value, rel=1e-12)
     given_trace = spectral_position(K, g, trace=Estimate(value=trace, standard_error=0.1 * trace, num_products=3))
     assert given_trace.value == pytest.approx(position.value, rel=1e-12)
     assert given_trace.standard_error == pytest.approx(0.1 * position.value, rel=1e-12)
