@@ -55,7 +55,7 @@ def certify(
 
     The products of the search know ``A x`` for the exact combination of basis vectors. What is handed out is that
     combination rounded to the dtype of the operator, and the rounding leaks onto the largest eigenvector.
-    Where few pairs are wanted (``k <= 4 fresh_width``), each is multiplied afresh. Where many are, fresh products
+    Where one call can do that (``k <= fresh_width``), each pair is multiplied afresh. Otherwise fresh products
     of a few random combinations of neighbouring pairs measure the difference between the two, and only pairs
     for which it matters are multiplied one by one.
 
@@ -75,7 +75,7 @@ def certify(
     noise = torch.zeros_like(residuals)
     doubtful = torch.ones(k, dtype=torch.bool)
     is_measured = False
-    if k > 4 * fresh_width:
+    if k > fresh_width:
         if not product.affords(_AUDIT_COLUMNS[X.dtype]):
             return CertifiedPairs(theta, X, residuals, noise, is_measured)
         floor = criterion.noise_floor * pairs.spread

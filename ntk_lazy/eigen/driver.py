@@ -19,6 +19,7 @@ from ntk_lazy.eigen.verify import Verify, look_for_missed, make_probe
 from ntk_lazy.linalg.tiles import TILE_BYTES
 
 _PATIENCE = 8  # steps without progress before residuals of rounding size count as all there is
+_BLOCKS_IN_FLIGHT = 6  # the copy that goes in, what comes back, its scaled copy, and three while it is orthonormalised
 _STRICTEST = 0.2  # of the tolerance: where a search stops making room for rounding
 
 
@@ -31,7 +32,7 @@ class Task:
         rtol: Tolerance, relative to each value.
         seed: Of all random columns.
         verify: Which completeness probe follows.
-        fresh_width: Columns of a certifying product; pairs up to four times as many are all multiplied afresh.
+        fresh_width: Columns of a certifying call; so many pairs are all multiplied afresh.
         method: The solver in words, options filled in.
     """
 
@@ -84,7 +85,7 @@ class Search:
         """Iterate until the set is complete, the products are spent, or only rounding is left.
 
         Cost: the products of the method, those of the probe and those of ``certify``; beside the method's own
-            vectors, three blocks of the width of a call and two tiles of float64.
+            vectors, six blocks of the width of a call and two tiles of float64.
         """
         self.search_rtol = self.task.rtol
         pairs: RitzPairs | None = None
@@ -95,7 +96,7 @@ class Search:
             if not self.product.affords(self.method.next_width):
                 status = "max_products"
                 break
-            self._note_bytes(3 * self.method.next_width)
+            self._note_bytes(_BLOCKS_IN_FLIGHT * self.method.next_width)
             pairs = self.method.step()
             self.product.check_symmetry(pairs.asymmetry)
             self._tell(pairs)

@@ -13,7 +13,7 @@ from ntk_lazy.eigen.random_columns import RandomColumns
 from ntk_lazy.linalg import Basis, combine, orthonormalise, rayleigh_ritz
 from ntk_lazy.shapes import Block
 
-_MAY_WAIT = 0.9  # of the tolerance: the part of a residual that need not be reduced further
+_MAY_WAIT = 0.95  # of the tolerance: the part of a residual that need not be reduced further
 
 
 class BlockKrylov:
@@ -26,8 +26,8 @@ class BlockKrylov:
     Coefficients are kept as they were measured (``H`` is not assumed to be banded), which is full
     reorthogonalisation.
 
-    Cost: ``m`` long vectors, ``m`` at most ``max_basis``, and two more blocks during a step; the store of the
-    basis grows by half, so that while it is copied ``2.5 m`` may be held.
+    Cost: ``2 k + 6 b`` long vectors for the basis, which is enough for most spectra. A basis that needs more grows
+        by half, up to ``max_basis`` and one block, and is held twice while it is copied.
     """
 
     def __init__(
@@ -50,9 +50,8 @@ class BlockKrylov:
         self._num_due = 0
         self._num_next = 0
         rows = product.rows
-        self._basis = Basis(
-            rows, dtype=draw.dtype, device=draw.device, capacity=min(max_basis, rows.total) + start.shape[1]
-        )
+        typical = min(2 * num_wanted + 6 * start.shape[1], max_basis, rows.total)
+        self._basis = Basis(rows, dtype=draw.dtype, device=draw.device, capacity=typical)
         self._num_done = 0
         self._H = torch.zeros(0, 0, dtype=torch.float64)
         self.inject(start)

@@ -24,6 +24,8 @@ from ntk_lazy.eigen.verify import Verify
 from ntk_lazy.errors import ArgumentError, NotConvergedError
 
 _SMALL = 256  # rows at which LAPACK beats any iteration
+_HOPELESS = 20  # times what a search usually takes
+_CHECKS = 64  # products that certification may add to those of a dense matrix, and then some
 _LARGEST_DENSE = 20_000  # rows; float64 matrix and vectors take 6.4 GB there
 
 
@@ -64,7 +66,7 @@ def eigsh(  # noqa: PLR0913 - the public signature is fixed by the design
         The pairs, with residuals, bounds and cost.
 
     Cost: about ``1.75 k + 5 b`` products in blocks of ``b`` to ``rtol = 1e-3`` for ``Lanczos``, the probe, and for
-        certification ``k`` products (``k <= 4 b``) or 8; about ``2 k + 8 b`` long vectors.
+        certification ``k`` products (``k <= b``) or at most 8 plus those in doubt; about ``2 k + 8 b`` long vectors.
 
     Raises:
         ArgumentError: An argument or an operator that no search makes sense for; its subclasses ``ShapeError`` and
@@ -81,7 +83,7 @@ def eigsh(  # noqa: PLR0913 - the public signature is fixed by the design
     draw = RandomColumns(operator.rows, seed=seed, dtype=operator.dtype, device=operator.device)
     num_outputs = _num_outputs(operator)
     chosen = _choose(k, n, num_outputs) if solver == "auto" else solver
-    limit = 20 * math.ceil(typical_products(k, num_outputs)) + n if max_products is None else max_products
+    limit = max_products or _generous_limit(chosen, n, typical_products(k, num_outputs))
     product = Product(operator, max_products=limit)
     widths = block_size(chosen, k, num_outputs=num_outputs, product=product, draw=draw)
     method, name = _build(chosen, product, draw, k=k, widths=widths, start=start, rtol=rtol)
@@ -118,6 +120,11 @@ def _check_choices(solver: object, verify: object, on_unconverged: object) -> No
         raise ArgumentError(f"verify is {verify!r}; it is 'fast', 'rigorous' or False.")
     if on_unconverged not in ("raise", "return"):
         raise ArgumentError(f"on_unconverged is {on_unconverged!r}; it is 'raise' or 'return'.")
+
+
+def _generous_limit(solver: Solver, n: int, typical: float) -> int:
+    """Choose the products after which a search is hopeless."""
+    return n + _CHECKS if isinstance(solver, Dense) else _HOPELESS * math.ceil(typical)
 
 
 def _num_outputs(operator: SymmetricOperator) -> int:

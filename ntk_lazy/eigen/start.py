@@ -36,7 +36,7 @@ def start_block(start: Tensor | EigenResult | None, *, width: int, draw: RandomC
             "and any number s of columns."
         )
     block = offered.detach().to(draw.device, draw.dtype)
-    if not bool(torch.isfinite(block).all()):
+    if int(draw.rows.sum((~torch.isfinite(block)).sum())):
         raise NonFiniteError("the start contains NaN or infinity.")
     norms = column_norms(block, rows=draw.rows)
     room = max(1, width - NUM_FRESH)

@@ -12,6 +12,7 @@ from linear_operator.operators import DenseLinearOperator
 
 from ntk_lazy.eigen import LOBPCG, Dense, Lanczos, Solver, SolveState, eigsh
 from ntk_lazy.errors import ArgumentError
+from ntk_lazy.linalg.tiles import TILE_BYTES
 from ntk_lazy.rows import Rows
 
 N, K = 300, 6
@@ -32,11 +33,13 @@ def test_a_search_needs_no_more_products_than_the_model_says(spectrum: Spectrum,
     check_solution(pairs, B, k)
     model = 1.75 * k + 5 * b
     assert pairs.cost.search_columns <= 1.1 * model
+    # In float32, up to eight products more tell the rounding of pairs of different size apart.
+    assert pairs.cost.columns <= 1.1 * model + (8 if dtype is torch.float32 else 0)
     assert pairs.cost.columns == sum(spy.widths)
     assert pairs.cost.block_calls == len(spy.widths)
-    assert pairs.cost.columns - pairs.cost.search_columns <= 16 + 8 + int(k <= 4 * b) * k
+    assert pairs.cost.columns - pairs.cost.search_columns <= 16 + 8
     assert max(spy.widths) <= b + 1
-    assert pairs.cost.peak_bytes <= 4 * N * 8 * (1.75 * k + 6 * b) * 1200 / N + 2 * 2**24
+    assert pairs.cost.peak_bytes <= B.shape[0] * B.itemsize * (2 * k + 12 * b) + 2 * TILE_BYTES
 
 
 @pytest.mark.slow

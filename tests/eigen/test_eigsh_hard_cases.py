@@ -10,7 +10,7 @@ from eigen_cases import Spectrum, Spy, hard_spectra, named_matrices
 from ntk_lazy.eigen import LOBPCG, Dense, Lanczos, Solver, eigsh
 from ntk_lazy.errors import NotConvergedError
 
-N, K = 150, 10
+N, K = 120, 10
 SOLVERS = [Lanczos(), Lanczos(block_size=1), Lanczos(block_size=8, max_basis=32), LOBPCG(), Dense()]
 DTYPES = [torch.float32, torch.float64]
 SCALES = [1.0, 1e-30, 1e30]
