@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
 from pathlib import Path
@@ -22,6 +23,7 @@ from ntk_lazy.study import training as training_module
 from ntk_lazy.study.canvas import look
 from ntk_lazy.study.claims import judge
 from ntk_lazy.study.config import PRESETS, StudyConfig, preset, read_toml
+from ntk_lazy.study.display import describe, display_for
 from ntk_lazy.study.evidence import Evidence
 from ntk_lazy.study.folder import StudyFolder
 from ntk_lazy.study.network import build_network
@@ -136,10 +138,28 @@ def test_the_command_of_a_report_gives_the_settings_back():
     assert command_line(changed) == "ntk-lazy study --preset demo --halvings 1 2 --seed 4"
 
 
-def test_an_unknown_device_is_refused_before_anything_is_written(tmp_path):
-    with pytest.raises(ArgumentError, match="nonsense"):
-        run_study(dataclasses.replace(TINY, device="nonsense"), tmp_path / "out")
+@pytest.mark.parametrize("device", ["nonsense", "meta", "cuda:99"])
+def test_a_device_that_cannot_be_used_is_refused_before_anything_is_written(tmp_path, device):
+    with pytest.raises(ArgumentError, match=device):
+        run_study(dataclasses.replace(TINY, device=device), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_terminal_gets_a_bar_and_a_pipe_gets_lines():
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    for stream, has_bar in ((Terminal(), True), (io.StringIO(), False)):
+        with display_for(stream, total=10) as display:
+            display.say("λ₁ [bold]")
+            display.progress(10, 0.25)
+        text = stream.getvalue()
+        assert "λ₁ [bold]" in text
+        assert ("10/10" in text and "loss 0.2500" in text) == has_bar
+    assert describe(make_record(12, status="partial")).startswith("step      12")
+    failed = make_record(3, status="failed", message="why", values=(), residual_norms=(), converged=())
+    assert describe(failed) == "step       3  no spectrum: why"
 
 
 # The picture, the network, the training.
@@ -338,6 +358,19 @@ def test_an_interrupted_study_ends_as_an_uninterrupted_one(finished, tmp_path, m
         assert mine.values == pytest.approx(theirs.values, rel=TINY.rtol**2 + 1e3 * EPS32)
         assert mine.energy("target", 10) == pytest.approx(theirs.energy("target", 10), abs=2 * TINY.rtol)
     assert torch.allclose(evidence.after.output, expected.after.output, atol=1e4 * EPS32)
+
+
+@pytest.mark.slow
+def test_pictures_that_cannot_be_drawn_do_not_end_a_study(tmp_path, monkeypatch):
+    def fail(*arguments: object, **options: object) -> None:
+        raise DegenerateError("nothing to see")
+
+    monkeypatch.setattr(run_module, "draw_portrait", fail)
+    evidence = run_study(TINY, tmp_path / "out")
+    assert evidence.is_finished
+    assert evidence.after is None
+    assert {c.name: c.verdict for c in judge(evidence)}["C15"] == "not decided"
+    write_report(evidence, StudyFolder(tmp_path / "out"))
 
 
 @pytest.mark.slow

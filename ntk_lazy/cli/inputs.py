@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ntk_lazy.errors import ArgumentError, NonFiniteError, ShapeError
+from ntk_lazy.study.config import check_device
 
 # What a factory or a forward pass may end with when it is given the wrong thing; a traceback would not help its user.
 _USER_ERRORS = (
@@ -38,16 +39,14 @@ def load_model(spec: str, weights: Path | None, *, device: str) -> nn.Module:
     Raises:
         ArgumentError: Whatever is wrong, named.
     """
+    check_device(device)
     model = _make(spec)
     if weights is not None:
         try:
             model.load_state_dict(_read_weights(weights))
         except (RuntimeError, TypeError) as error:
             raise ArgumentError(f"the weights {weights} do not fit {spec}: {error}") from error
-    try:
-        return model.to(device).eval()
-    except (RuntimeError, AssertionError) as error:
-        raise ArgumentError(f"device {device!r} cannot be used: {error}") from error
+    return model.to(device).eval()
 
 
 def load_array(path: Path, *, name: str) -> Tensor:

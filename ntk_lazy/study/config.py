@@ -19,7 +19,7 @@ from ntk_lazy.errors import ArgumentError
 # Below this, 1 % of the steps is over before lambda_1 has climbed to the edge of stability.
 MIN_STEPS_FOR_EARLY_CLAIM = 20_000
 
-_EARLY_STEPS = (10, 30, 60)
+_EARLY_STEPS = (10, 30)
 _AFTER_HALVING = (100, 250, 500)
 _LATE_IN_PHASE = (0.6, 0.75, 0.9)
 
@@ -96,15 +96,6 @@ class StudyConfig:
         """Steps in which lambda_1 still climbs: 1,000, or half of a first phase that is shorter than twice that."""
         return min(1_000, self.phases[0][1] // 2)
 
-    def check_device(self) -> None:
-        """Raise ArgumentError if this machine lacks the device; settings may well be read where it is missing."""
-        try:
-            device = torch.device(self.device)
-        except RuntimeError as error:
-            raise ArgumentError(f"device {self.device!r} is not known to torch; try cpu or cuda.") from error
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise ArgumentError(f"device {self.device!r} was asked for, but torch sees no CUDA device here.")
-
     def lr_at(self, step: int) -> float:
         """Return the learning rate of the step from ``step`` to ``step + 1``."""
         return self.lr * 0.5 ** sum(step >= h for h in self.halvings)
@@ -112,7 +103,7 @@ class StudyConfig:
     def snapshot_steps(self) -> tuple[int, ...]:
         """List the steps at which the spectrum is taken, in order; always the first and the last.
 
-        Unless given, they are log-spaced in the first phase, several on the later half of each phase
+        Unless given, they are log-spaced in the first phase, several on the later half of each but the last phase
         (gradient descent at the edge of stability oscillates with period 2, so that claims about it are
         about means), and close behind each halving, where the residual leaves the top eigenspace.
         """
@@ -124,10 +115,12 @@ class StudyConfig:
         first_end = self.phases[0][1]
         chosen |= {m * 10**e for e in range(2, 7) for m in (1, 3) if m * 10**e <= first_end // 2}
         for start, end in self.phases:
-            chosen |= {start + round(f * (end - start)) for f in _LATE_IN_PHASE} | {end - 1}
+            is_last = end == self.steps
+            chosen |= {start + round(f * (end - start)) for f in (_LATE_IN_PHASE[1:2] if is_last else _LATE_IN_PHASE)}
+            if not is_last:
+                chosen.add(end - 1)
             if start:
                 chosen |= {start + d for d in _AFTER_HALVING if start + d < end}
-        chosen.discard(self.steps - 1)
         return tuple(sorted(s for s in chosen if 0 <= s <= self.steps))
 
     def to_dict(self) -> dict[str, Any]:
@@ -214,3 +207,16 @@ def _coerce(name: str, value: Any, *, like: Any) -> Any:
     if type(value) is not type(like):
         raise ArgumentError(f"{name} must be of type {type(like).__name__}, not {value!r}.")
     return value
+
+
+def check_device(name: str) -> None:
+    """Try a device, apart from the settings: they may well be read where it is missing.
+
+    Raises:
+        ArgumentError: Torch does not know it, or nothing can be computed on it here.
+    """
+    try:
+        torch.ones(1, device=name).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        why = str(error).partition("\n")[0]
+        raise ArgumentError(f"device {name!r} cannot be used here; try cpu or cuda. torch says: {why}") from error

@@ -49,6 +49,7 @@ class Evidence:
         after: Portrait at the last step; None until the study has ended.
         movement: How the kernel has turned, at every snapshot but the first.
         losses: Steps and training losses, finer than the snapshots.
+        training_seconds: Wall time of the training alone.
     """
 
     config: StudyConfig
@@ -57,6 +58,7 @@ class Evidence:
     after: Portrait | None = None
     movement: tuple[Movement, ...] = ()
     losses: tuple[np.ndarray, np.ndarray] | None = None
+    training_seconds: float = 0.0
 
     @classmethod
     def load(cls, folder: StudyFolder) -> Evidence:
@@ -75,6 +77,7 @@ class Evidence:
             after=portraits[1],
             movement=tuple(_movement(folder.path, records)),
             losses=folder.read_losses(config),
+            training_seconds=folder.read_training_seconds(),
         )
 
     @property

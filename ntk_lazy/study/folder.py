@@ -119,6 +119,10 @@ class StudyFolder:
         known = np.isfinite(losses)
         return np.arange(len(losses))[known] * loss_stride(config), losses[known]
 
+    def read_training_seconds(self) -> float:
+        """Read the wall time that the training has taken so far, interruptions not counted."""
+        return float(read_tensors(self.checkpoint)[1]["seconds"]) if self.checkpoint.exists() else 0.0
+
     def _read_json(self, path: Path) -> dict[str, Any]:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))

@@ -191,6 +191,8 @@ def _mean_frequencies(functions: Tensor) -> Tensor:
 
 
 def _frequency_order(frequencies: Tensor) -> float:
+    if len(frequencies) < 3:
+        return float("nan")
     return float(stats.spearmanr(range(len(frequencies)), frequencies.numpy()).statistic)
 
 

@@ -66,6 +66,7 @@ def _render(
         k=k,
         snapshots=[_row(r, k) for r in evidence.usable],
         command=command_line(config),
+        times=_times(evidence),
         settings=json.dumps(config.to_dict(), indent=2),
         environment=json.dumps(environment, indent=2),
         version=versions().get("ntk-lazy", "(not installed)"),
@@ -115,6 +116,15 @@ def _numbers(evidence: Evidence, claims: list[Claim], k: int) -> list[dict[str, 
             {"value": f"{worst:.0e}", "label": "largest relative residual of any pair"},
         ]
     return found
+
+
+def _times(evidence: Evidence) -> str:
+    solving = sum(r.cost.get("seconds", 0.0) for r in evidence.usable)
+    recording = sum(r.cost.get("record_seconds", 0.0) for r in evidence.records)
+    return (
+        f"The training took {evidence.training_seconds:.0f} s and the {len(evidence.records)} snapshots "
+        f"{recording:.0f} s, {solving:.0f} s of them in the eigensolver."
+    )
 
 
 def _worst_residual(record: SpectrumRecord) -> float:

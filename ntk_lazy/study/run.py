@@ -12,9 +12,9 @@ from typing import final
 import torch
 from torch import nn
 
-from ntk_lazy.errors import ArgumentError
+from ntk_lazy.errors import ArgumentError, NTKLazyError
 from ntk_lazy.records import SpectrumRecord, versions
-from ntk_lazy.study.config import StudyConfig
+from ntk_lazy.study.config import StudyConfig, check_device
 from ntk_lazy.study.display import Display, Silent, describe
 from ntk_lazy.study.evidence import Evidence
 from ntk_lazy.study.folder import StudyFolder, write_text
@@ -46,7 +46,7 @@ def run_study(config: StudyConfig, folder: Path, *, display: Display | None = No
         ArgumentError: The settings cannot be met here, or the folder is not theirs. Nothing is written then.
         DivergedError: The training has diverged.
     """
-    config.check_device()
+    check_device(config.device)
     target = Target.of(config)
     place = StudyFolder(folder)
     display = Silent() if display is None else display
@@ -139,7 +139,11 @@ class _Run:
         pairs = self._tracker.pairs
         assert pairs is not None
         self._display.say(f"step {step:>7,}  eigenfunctions on {self._target.picture.size:,} pixels")
-        draw_portrait(self._model, pairs, self._target, self._config, step=step).save(path)
+        try:
+            draw_portrait(self._model, pairs, self._target, self._config, step=step).save(path)
+        except NTKLazyError as error:
+            # Pictures are the least of a study: its spectra must not be lost for want of them.
+            self._display.say(f"step {step:>7,}  no portrait: {error}")
 
     def _record_of(self, step: int) -> SpectrumRecord:
         return next(r for r in self._tracker.records if r.step == step)
