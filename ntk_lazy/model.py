@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Self, TypeAlias, TypeVar, final
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -76,10 +78,40 @@ class ModelCall:
         if self._module is None:
             assert self._function is not None
             return finish(self._function(tensors, x))
-        if then is None:
-            return finish(functional_call(self._module, tensors, (x,), tie_weights=True))
-        held = {f"module.{name}": tensor for name, tensor in tensors.items()}
-        return functional_call(_Holding(self._module), held, (x, finish), tie_weights=True)
+        with attributes_kept(self._module):
+            if then is None:
+                return finish(functional_call(self._module, tensors, (x,), tie_weights=True))
+            held = {f"module.{name}": tensor for name, tensor in tensors.items()}
+            return functional_call(_Holding(self._module), held, (x, finish), tie_weights=True)
+
+
+@contextmanager
+def attributes_kept(module: nn.Module) -> Iterator[None]:
+    """Put back what a forward pass assigns to plain attributes: the last activations, a counter, a cache.
+
+    Under a transform of functions these would be tensors that are dead outside of it.
+    """
+    before = [(vars(inner), dict(vars(inner))) for inner in module.modules()]
+    try:
+        yield
+    finally:
+        for now, kept in before:
+            if len(now) != len(kept) or any(now.get(name) is not value for name, value in kept.items()):
+                for name in now.keys() - kept.keys():
+                    del now[name]
+                now.update(kept)
+
+
+@contextmanager
+def generators_kept(device: torch.device) -> Iterator[None]:
+    """Put the random number generators of torch, NumPy and Python back at the end."""
+    of_numpy, of_python = np.random.get_state(), random.getstate()
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            yield
+    finally:
+        np.random.set_state(of_numpy)
+        random.setstate(of_python)
 
 
 @final
@@ -204,9 +236,7 @@ class FunctionalModel:
         return _flat_output(output, num_examples).to(self.dtype)
 
     def _generators(self) -> AbstractContextManager[None]:
-        if not self.keeps_generators:
-            return nullcontext()
-        return torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else [])
+        return generators_kept(self.device) if self.keeps_generators else nullcontext()
 
 
 def _flat_output(output: Any, num_examples: int) -> Tensor:

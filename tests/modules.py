@@ -170,6 +170,20 @@ class DrawsNumbers(nn.Module):
         return self.inner(x).sin() + self.amplitude * torch.rand(3, dtype=x.dtype, device=x.device)
 
 
+class Remembers(nn.Module):
+    """Keeps its last activations and counts its calls in plain attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Linear(4, 5), nn.Linear(5, 2)
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.last = self.inner(x).tanh()
+        return self.head(self.last)
+
+
 class BranchesOnData(nn.Module):
     """Python asks each example which of two layers it wants."""
 

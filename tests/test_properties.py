@@ -141,7 +141,7 @@ def test_permuted_points_permute_the_rows(problem: Problem, data: st.DataObject)
     order = torch.tensor(data.draw(st.permutations(range(problem.num_points))))
     rows = (order[:, None] * problem.rows_per_point + torch.arange(problem.rows_per_point)).reshape(-1)
     K = problem.kernel()
-    permuted = problem.kernel(problem.points()[order])
+    permuted = K.at(problem.points()[order])
     V = problem.normal(K.shape[0], 2, seed=2)
     assert_equal(permuted @ V[rows], (K @ V)[rows], scale=largest(K, V), size=K.num_params)
 
@@ -160,11 +160,12 @@ def test_kernels_of_groups_of_parameters_add_up(problem: Problem, data: st.DataO
 @given(problem=problems(), num_others=st.integers(1, 5))
 def test_the_kernel_of_a_union_is_made_of_the_kernels_of_its_parts(problem: Problem, num_others: int):
     x1, x2 = problem.points(), problem.normal(num_others, problem.widths[0], seed=9)
-    union = problem.kernel(torch.cat([x1, x2])).to_dense()
-    top = torch.cat([problem.kernel(x1).to_dense(), problem.kernel(x1, x2).to_dense()], 1)
-    bottom = torch.cat([problem.kernel(x2, x1).to_dense(), problem.kernel(x2).to_dense()], 1)
+    K = problem.kernel(x1)
+    union = K.at(torch.cat([x1, x2])).to_dense()
+    top = torch.cat([K.to_dense(), K.at(x1, x2).to_dense()], 1)
+    bottom = torch.cat([K.at(x2, x1).to_dense(), K.at(x2).to_dense()], 1)
     scale = float(union.diagonal().detach().sum())
-    assert_equal(torch.cat([top, bottom]), union, scale=scale, size=problem.kernel().num_params)
+    assert_equal(torch.cat([top, bottom]), union, scale=scale, size=K.num_params)
 
 
 @uses_problems

@@ -60,7 +60,7 @@ class Snapshot:
         modules = {
             name: (
                 inner.training,
-                sorted(vars(inner)),
+                {attribute: id(value) for attribute, value in vars(inner).items()},
                 {hooks: list(getattr(inner, hooks)) for hooks in _HOOKS},
                 list(inner._parameters),
                 list(inner._buffers),
@@ -193,6 +193,17 @@ def test_global_switches_neither_reach_a_product_nor_are_moved_by_it(name: str):
     finally:
         torch.set_float32_matmul_precision(precision)
     assert torch.equal(found, product)
+
+
+def test_the_generators_of_python_and_numpy_stay_where_they_were():
+    class Dice(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + 0 * (random.random() + float(np.random.rand()))
+
+    module, x = Dice(4, 3).double(), torch.ones(3, 4, dtype=torch.float64)
+    before = Snapshot.of(module)
+    use(nl.ntk(module, x))
+    before.assert_same(Snapshot.of(module))
 
 
 def test_inference_mode_is_refused_with_the_cure():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass, replace
 from typing import Self, final
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -66,7 +68,7 @@ class ForwardPass:
         written = [name for name, t in tensors.items() if t._version != versions[name]]
         _refuse_written_parameters([name for name in written if name not in model.buffer_names], calls)
         _check_output(output)
-        draws = any(not torch.equal(a, b) for a, b in zip(states, _random_states(x), strict=True))
+        draws = states != _random_states(x)
         return cls(copy, x, output, calls, watch, written, draws, Rounding.of((*copy.params.values(), output)))
 
     @property
@@ -76,11 +78,11 @@ class ForwardPass:
 
     def check_determinism(self) -> None:
         """Apply the model again, to the buffers as the last application left them; raise if it returns otherwise."""
-        random = suspects.random_modules(self.calls)
-        if random:
+        drawing = suspects.random_modules(self.calls)
+        if drawing:
             raise UnsupportedModuleError(
-                f"random numbers are drawn in train mode by {named(random)}, so that no two products would be with the "
-                "same kernel. Call model.eval() first."
+                f"random numbers are drawn in train mode by {named(drawing)}, so that no two products would be with "
+                "the same kernel. Call model.eval() first."
             )
         trials = _TRIALS_OF_RANDOM_MODELS if self.draws_numbers else 1
         again = (self.copy(self.copy.params, self.x) for _ in range(trials))
@@ -130,6 +132,6 @@ def _check_output(output: Tensor) -> None:
         )
 
 
-def _random_states(x: Tensor) -> list[Tensor]:
-    states = [torch.get_rng_state()]
-    return [*states, torch.cuda.get_rng_state(x.device)] if x.device.type == "cuda" else states
+def _random_states(x: Tensor) -> list[object]:
+    states: list[object] = [torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state())]
+    return [*states, torch.cuda.get_rng_state(x.device).tolist()] if x.device.type == "cuda" else states

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import override
 
 from ntk_lazy.engines.rounding import Rounding, noise
-from ntk_lazy.model import as_ieee
+from ntk_lazy.model import as_ieee, attributes_kept
 
 # What a transform of functions raises where it meets an operation that it has no rule for. The module has run
 # without the transform by then, so that none of these can be the user's own.
@@ -176,7 +176,8 @@ def _try_forward_mode(call: Call) -> str | None:
     def outputs(params: dict[str, Tensor], inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
         args = tuple(inputs[str(i)] if i in places else arg for i, arg in enumerate(call.args))
         buffers = {name: as_ieee(b.detach().clone()) for name, b in call.module.named_buffers()}
-        returned = functional_call(call.module, {**params, **buffers}, args, call.kwargs)
+        with attributes_kept(call.module):
+            returned = functional_call(call.module, {**params, **buffers}, args, call.kwargs)
         return tuple(_floating_tensors(returned))
 
     tangents = tuple({n: noise(t.shape, like=t, seed=1) for n, t in group.items()} for group in primals)
