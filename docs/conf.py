@@ -63,7 +63,15 @@ def _restore_property(app: Any, what: str, name: str, obj: Any, options: Any, li
         lines[:] = _AS_WRITTEN.pop(name)
 
 
+def _make_readable(
+    app: Any, what: str, name: str, obj: Any, options: Any, signature: str | None, returns: str | None
+) -> tuple[str, str | None] | None:
+    """Write a default that is made anew for each instance as ``...``: Sphinx cannot parse what inspect shows."""
+    return None if signature is None else (signature.replace("<factory>", "..."), returns)
+
+
 def setup(app: Any) -> None:
     """Run before and after napoleon, which has the default priority of 500."""
+    app.connect("autodoc-process-signature", _make_readable)
     app.connect("autodoc-process-docstring", _make_fields, priority=400)
     app.connect("autodoc-process-docstring", _restore_property, priority=600)
