@@ -16,6 +16,7 @@ import pytest
 
 import ntk_lazy
 from ntk_lazy.cli.main import build_parser
+from ntk_lazy.study.config import PRESETS
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -107,6 +108,13 @@ def test_every_option_of_a_command_is_in_its_section_and_no_other(command):
     if "--model" in options:
         documented |= set(re.findall(r"^\| `(--?[\w-]+)", shared[1], re.MULTILINE))
     assert documented == options
+
+
+def test_table_of_presets_shows_their_sizes_and_steps():
+    page = (DOCS / "command-line.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| ([\d,]+) \| (\d+) × (\d+) \| ([\d,]+) \|", page, re.MULTILINE)
+    shown = {name: tuple(int(number.replace(",", "")) for number in numbers) for name, *numbers in rows}
+    assert shown == {name: (c.num_points, c.num_layers, c.width, c.steps) for name, c in PRESETS.items()}
 
 
 def test_layers_in_the_document_are_those_that_are_enforced():
