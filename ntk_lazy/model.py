@@ -163,7 +163,10 @@ class FunctionalModel:
 
         Raises:
             ArgumentError: No parameter fits, or a pattern fits none.
+            UnsupportedModuleError: Its tensors cannot be exchanged (scripted or parallel modules), do not exist yet
+                (lazy modules) or are complex.
         """
+        _refuse_wrappers(model)
         named = dict(model.named_parameters(remove_duplicate=False))
         _refuse_uninitialised(named)
         canonical = {id(p): n for n, p in model.named_parameters()}
@@ -256,6 +259,19 @@ def _flat_output(output: Any, num_examples: int) -> Tensor:
             "step (logits, not classes; real and imaginary parts), or pass output_fn, which is applied to it."
         )
     return output.flatten(1) if output.ndim > 1 else output.unsqueeze(1)
+
+
+def _refuse_wrappers(model: nn.Module) -> None:
+    for name, inner in model.named_modules():
+        if isinstance(inner, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            raise UnsupportedModuleError(
+                f"{name or 'the model'} is a {type(inner).__name__}, which copies its parameters. Pass model.module."
+            )
+        if isinstance(inner, torch.jit.ScriptModule):
+            raise UnsupportedModuleError(
+                f"{name or 'the model'} is a ScriptModule, whose parameters cannot be exchanged for a call. "
+                "Pass the module that it was scripted or traced from."
+            )
 
 
 def _refuse_uninitialised(named: Mapping[str, Tensor]) -> None:

@@ -220,6 +220,41 @@ class Headed(nn.Module):
         return self.head(self.last(self.hidden(x).tanh()))
 
 
+class PaddedEncoder(nn.Module):
+    """A token model that masks the padding, whose mask of infinities for the future is a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(7, 4), nn.Linear(4, 2)
+        self.encoder = nn.TransformerEncoderLayer(4, 2, 6, dropout=0.0, batch_first=True)
+        self.register_buffer("future", torch.full((5, 5), -torch.inf).triu(1))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        padding = torch.zeros(tokens.shape, dtype=self.future.dtype, device=tokens.device).masked_fill(
+            tokens == 6, -torch.inf
+        )
+        padding[:, 0] = 0
+        hidden = self.encoder(self.embedding(tokens), src_mask=self.future, src_key_padding_mask=padding)
+        return self.head(hidden[:, -1])
+
+
+class MixtureOfExperts(nn.Module):
+    """Each example goes to the best two of three layers, gathered by index."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(4, 3)
+        self.experts = nn.ModuleList(nn.Linear(4, 2) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, chosen = self.gate(x).softmax(-1).topk(2, -1)
+        total = x.new_zeros(x.shape[0], 2)
+        for i, expert in enumerate(self.experts):
+            row, place = torch.where(chosen == i)
+            total = total.index_add(0, row, expert(x[row]) * weights[row, place].unsqueeze(1))
+        return total
+
+
 class GradientReversal(torch.autograd.Function):
     """The identity whose gradient is minus one: autograd's Jacobian, not the function's."""
 
@@ -235,3 +270,31 @@ class GradientReversal(torch.autograd.Function):
 def reverse_gradient(x: Tensor) -> Tensor:
     """Apply ``GradientReversal``."""
     return GradientReversal.apply(x)
+
+
+class WrongForwardRule(torch.autograd.Function):
+    """The square, whose forward-mode derivative is wrong and whose reverse-mode derivative is right."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.square()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return 2 * ctx.saved_tensors[0] * gradient
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        return 3 * ctx.saved_tensors[0] * tangent
+
+
+def wrong_forward_square(x: Tensor) -> Tensor:
+    """Apply ``WrongForwardRule``."""
+    return WrongForwardRule.apply(x)

@@ -19,10 +19,19 @@ FALLBACKS = {
     "checkpoint first": "Checkpointed",
     "bfloat16 checkpoint": "Checkpointed",
     "gradient reversal": "Headed",
+    "wrong forward rule": "Headed",
     "embedding, padding_idx": "'0' (Embedding)",
     "lstm, float32": "LSTM",
 }
-LOOPED = {"writes in place", "branch on data", "prelu", "lstm", "gru, two ways, two layers", *FALLBACKS}
+LOOPED = {
+    "writes in place",
+    "branch on data",
+    "mixture of experts",
+    "prelu",
+    "lstm",
+    "gru, two ways, two layers",
+    *FALLBACKS,
+}
 
 
 def diagnose(case: Case, n: int = 5) -> nl.Diagnosis:
@@ -125,6 +134,12 @@ def test_padding_of_a_functional_embedding_is_noticed_without_a_padded_example()
     found = check(nl.FunctionalModel.from_module(Padded()), torch.randint(1, 7, (4, 5)))
     assert found.mode == "double-reverse"
     assert "padding_idx" in found.notes[0]
+
+
+def test_compiled_scripts_are_refused_even_inside_a_module():
+    scripted = torch.jit.script(nn.Linear(4, 3))
+    for model, name in ((scripted, "the model"), (nn.Sequential(nn.Tanh(), scripted), "1")):
+        assert f"{name} is a ScriptModule" in (nl.doctor(model, torch.ones(2, 4)).problem or "")
 
 
 def test_the_module_at_fault_is_found_inside_a_larger_one():

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Generator, Tensor, nn
 
 import ntk_lazy as nl
+
+pytestmark = pytest.mark.slow
 
 EPS = torch.finfo(torch.float64).eps
 ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU, "silu": nn.SiLU}

@@ -163,6 +163,7 @@ class Fragile(nn.Module):
         return hidden
 
 
+@pytest.mark.slow
 def test_an_exception_of_the_model_reaches_the_user_and_nothing_else_is_left_behind():
     module, x = Fragile(), torch.randn(3, 4, dtype=torch.float64)
     use(nl.ntk(module, x))

@@ -16,6 +16,8 @@ from modules import (
     FunctionalWeights,
     Headed,
     MixedDtypes,
+    MixtureOfExperts,
+    PaddedEncoder,
     Remembers,
     SharedLayer,
     Through,
@@ -23,6 +25,7 @@ from modules import (
     TiedLinears,
     WritesInPlace,
     reverse_gradient,
+    wrong_forward_square,
 )
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
@@ -104,6 +107,8 @@ _DENSE = [
     Case(name="unused layer", build=lambda: Headed(lambda y: y, is_wasteful=True), draw=X),
     Case(name="hooks", build=lambda: _between(nn.Tanh()), draw=X, prepare=_add_hooks),
     Case(name="gradient reversal", build=lambda: Headed(reverse_gradient), draw=X),
+    Case(name="wrong forward rule", build=lambda: Headed(wrong_forward_square), draw=X),
+    Case(name="mixture of experts", build=MixtureOfExperts, draw=X),
     Case(name="branch on data", build=BranchesOnData, draw=X),
     Case(name="branch on parameter", build=BranchesOnParameter, draw=X),
     Case(name="counts its calls", build=CountsCalls, draw=X),
@@ -205,6 +210,7 @@ _STRUCTURED = [
         is_training=False,
         dtype=torch.float32,
     ),
+    Case(name="encoder of padded tokens", build=PaddedEncoder, draw=tokens(5)),
     Case(name="causal attention", build=CausalAttention, draw=SERIES),
     Case(name="lstm", build=lambda: nn.LSTM(4, 2, batch_first=True), draw=SERIES, output_fn=_last_step),
     Case(
@@ -315,6 +321,12 @@ _UNSUPPORTED = [
         build=lambda: Checkpointed(use_reentrant=True),
         draw=X,
         says=("use_reentrant=False",),
+    ),
+    Case(
+        name="data parallel",
+        build=lambda: nn.DataParallel(nn.Linear(4, 3)),
+        draw=X,
+        says=("DataParallel", "model.module"),
     ),
     Case(name="classes", build=lambda: Headed(lambda y: y.argmax(1)), draw=X, says=("int64", "output_fn")),
     Case(name="complex output", build=lambda: Headed(lambda y: y + 1j), draw=X, says=("complex", "output_fn")),

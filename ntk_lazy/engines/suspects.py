@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jvp, vjp
+from torch.func import functional_call, jvp, vjp, vmap
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -166,7 +166,7 @@ def _is_random(module: nn.Module) -> bool:
 
 
 def _try_forward_mode(call: Call) -> str | None:
-    """Differentiate one module alone, in both modes, and say what went wrong."""
+    """Differentiate one module alone, in both modes and two columns at once, and say what went wrong."""
     places = [i for i, arg in enumerate(call.args) if isinstance(arg, Tensor) and arg.is_floating_point()]
     params = {name: as_ieee(p.detach()) for name, p in call.module.named_parameters() if p.is_floating_point()}
     primals = (params, {str(i): call.args[i].detach().clone() for i in places})
@@ -180,11 +180,12 @@ def _try_forward_mode(call: Call) -> str | None:
             returned = functional_call(call.module, {**params, **buffers}, args, call.kwargs)
         return tuple(_floating_tensors(returned))
 
-    tangents = tuple({n: noise(t.shape, like=t, seed=1) for n, t in group.items()} for group in primals)
+    tangents = tuple({n: noise((2, *t.shape), like=t, seed=1) for n, t in group.items()} for group in primals)
     try:
-        values, pushed = jvp(outputs, primals, tangents)[:2]
-        cotangents = tuple(noise(value.shape, like=value, seed=2) for value in values)
-        pulled = vjp(outputs, *primals)[1](cotangents)
+        values, transpose = vjp(outputs, *primals)[:2]
+        pushed = vmap(lambda *columns: jvp(outputs, primals, columns)[1], randomness="same")(*tangents)
+        cotangents = tuple(noise((2, *value.shape), like=value, seed=2) for value in values)
+        pulled = vmap(transpose, randomness="same")(cotangents)
     except torch.OutOfMemoryError:
         raise
     except TRANSFORM_ERRORS as error:
