@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.func import functional_call  # noqa: TID251  (a call, not a transform)
 
 from ntk_lazy.errors import ArgumentError, ShapeError, UnsupportedModuleError
+from ntk_lazy.precision import differentiable_weight_norm, has_weight_norm
 
 ParameterChoice: TypeAlias = str | Sequence[str] | Callable[[str, Tensor], bool] | None
 OutputFunction: TypeAlias = Callable[[Any], Tensor]
@@ -43,7 +44,7 @@ class ModelCall:
     those on all that it holds, and would move the user's module.
     """
 
-    __slots__ = ("_function", "_module", "_output_fn")
+    __slots__ = ("_function", "_has_weight_norm", "_module", "_output_fn")
 
     def __init__(
         self,
@@ -55,6 +56,7 @@ class ModelCall:
         self._module = module
         self._function = function
         self._output_fn = output_fn
+        self._has_weight_norm = module is not None and has_weight_norm(module)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self
@@ -78,7 +80,8 @@ class ModelCall:
         if self._module is None:
             assert self._function is not None
             return finish(self._function(tensors, x))
-        with attributes_kept(self._module):
+        written_out = differentiable_weight_norm() if self._has_weight_norm else nullcontext()
+        with attributes_kept(self._module), written_out:
             if then is None:
                 return finish(functional_call(self._module, tensors, (x,), tie_weights=True))
             held = {f"module.{name}": tensor for name, tensor in tensors.items()}

@@ -1,4 +1,4 @@
-"""The arithmetic that products run in: IEEE, whatever the process-wide switches say.
+"""The arithmetic that products run in: IEEE, whatever the process-wide switches say, and differentiable twice.
 
 A reduced-precision product (TF32, bfloat16) leaves relative residuals of order one at
 ``lambda_100 = 1e-5 lambda_1``, and convolutions on CUDA use TF32 unless told otherwise.
@@ -7,11 +7,16 @@ A reduced-precision product (TF32, bfloat16) leaves relative residuals of order 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.parametrizations import _WeightNorm
+from torch.nn.utils.weight_norm import WeightNorm
+from torch.overrides import TorchFunctionMode
+from typing_extensions import override
 
 _SWITCHES: tuple[Any, ...] = (
     torch.backends.cuda.matmul,
@@ -50,3 +55,35 @@ def differentiable_attention() -> Iterator[None]:
             yield
         finally:
             torch.backends.mha.set_fastpath_enabled(fastpath)
+
+
+class _DifferentiableWeightNorm(TorchFunctionMode):
+    """Write weight normalisation out where a module asks for the fused operation."""
+
+    @override
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch._weight_norm:
+            return _weight_norm(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    return v * (g / torch.norm_except_dim(v, 2, dim))
+
+
+def differentiable_weight_norm() -> AbstractContextManager[object]:
+    """Replace the fused weight normalisation, which has no forward-mode rule, and whose second derivative is wrong.
+
+    ``torch.autograd.gradgradcheck`` fails on it (torch 2.13, CPU); its first derivative is right.
+    """
+    return _DifferentiableWeightNorm()
+
+
+def has_weight_norm(module: nn.Module) -> bool:
+    """Whether a module or one inside it is weight-normalised, by a parametrisation or by the older hook."""
+    return any(
+        isinstance(inner, _WeightNorm) or any(isinstance(h, WeightNorm) for h in inner._forward_pre_hooks.values())
+        for inner in module.modules()
+    )

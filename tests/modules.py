@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -298,3 +299,10 @@ class WrongForwardRule(torch.autograd.Function):
 def wrong_forward_square(x: Tensor) -> Tensor:
     """Apply ``WrongForwardRule``."""
     return WrongForwardRule.apply(x)
+
+
+def hooked_weight_norm() -> nn.Module:
+    """Normalise a weight the older way: a hook computes it before each call. Torch warns, and models go on using it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.utils.weight_norm(nn.Linear(6, 3)))

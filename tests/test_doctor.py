@@ -14,7 +14,6 @@ from ntk_lazy.engines.contract import Preflight
 from ntk_lazy.engines.preflight import check
 
 FALLBACKS = {
-    "weight norm": "_WeightNorm",
     "checkpoint": "Checkpointed",
     "checkpoint first": "Checkpointed",
     "bfloat16 checkpoint": "Checkpointed",

@@ -24,6 +24,7 @@ from modules import (
     TiedHead,
     TiedLinears,
     WritesInPlace,
+    hooked_weight_norm,
     reverse_gradient,
     wrong_forward_square,
 )
@@ -117,6 +118,7 @@ _DENSE = [
     Case(name="dropout, eval", build=lambda: _between(nn.Dropout(0.5)), draw=X, is_training=False),
     Case(name="dropout, p = 0", build=lambda: _between(nn.Dropout(0.0)), draw=X),
     Case(name="weight norm", build=lambda: _between(parametrizations.weight_norm(nn.Linear(6, 6))), draw=X),
+    Case(name="weight norm, by hook", build=hooked_weight_norm, draw=X),
     Case(
         name="spectral norm, eval",
         build=lambda: _between(parametrizations.spectral_norm(nn.Linear(6, 6))),

@@ -17,6 +17,7 @@ from typing_extensions import override
 
 from ntk_lazy.engines.rounding import Rounding, noise
 from ntk_lazy.model import as_ieee, attributes_kept
+from ntk_lazy.precision import differentiable_weight_norm
 
 # What a transform of functions raises where it meets an operation that it has no rule for. The module has run
 # without the transform by then, so that none of these can be the user's own.
@@ -176,7 +177,7 @@ def _try_forward_mode(call: Call) -> str | None:
     def outputs(params: dict[str, Tensor], inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
         args = tuple(inputs[str(i)] if i in places else arg for i, arg in enumerate(call.args))
         buffers = {name: as_ieee(b.detach().clone()) for name, b in call.module.named_buffers()}
-        with attributes_kept(call.module):
+        with attributes_kept(call.module), differentiable_weight_norm():
             returned = functional_call(call.module, {**params, **buffers}, args, call.kwargs)
         return tuple(_floating_tensors(returned))
 

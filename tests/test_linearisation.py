@@ -1,0 +1,96 @@
+"""Both ways of multiplying with J agree with autograd, at the parameters they are given and not at the module's own."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from case import Case
+from oracle import defect, dense_jacobian
+from torch import Generator, Tensor
+from zoo import RIGHT
+
+import ntk_lazy as nl
+from ntk_lazy.engines.linearisation import DoubleReverse, ForwardOverReverse, Linearisation
+
+SHIFTED = ["tanh", "tied weights", "lstm", "weight norm", "checkpoint", "checkpoint first", "batch norm, eval"]
+SECOND_ORDER = [
+    "tanh",
+    "weight norm",
+    "weight norm, by hook",
+    "checkpoint",
+    "checkpoint first",
+    "lstm",
+    "embedding, padding_idx",
+    "encoder layer, train",
+    "conv2d, stride, padding, dilation, groups",
+    "layer norm",
+    "rms norm",
+    "batch norm, eval",
+]
+WITHOUT_FORWARD_MODE = {"checkpoint", "checkpoint first"}
+
+
+def named(name: str) -> Case:
+    """Find a case."""
+    (case,) = [case for case in RIGHT if case.name == name]
+    return case
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    """Draw standard normal numbers."""
+    return torch.randn(shape, generator=Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", SHIFTED)
+@pytest.mark.parametrize("way", [ForwardOverReverse, DoubleReverse])
+def test_products_are_with_the_parameters_given_even_where_activations_are_recomputed(
+    name: str, way: type[Linearisation]
+):
+    if way is ForwardOverReverse and name in WITHOUT_FORWARD_MODE:
+        way = DoubleReverse
+    case = named(name)
+    module, x = case.module(), case.inputs(3)
+    model = nl.FunctionalModel.from_module(module, output_fn=case.output_fn)
+    moved = {n: p.detach() + 0.3 * normal(*p.shape, seed=i) for i, (n, p) in enumerate(model.params.items())}
+    twin = copy.deepcopy(module)
+    with torch.no_grad():
+        for name_, parameter in twin.named_parameters():
+            parameter.copy_(moved[name_])
+    J = dense_jacobian(twin, x, output_fn=case.output_fn)
+    chunk = way(replace(model, params=moved), x)
+    num_outputs = J.shape[0] // 3
+    U = normal(2, 3, num_outputs, seed=50)
+    W = normal(2, J.shape[1], seed=51)
+    sizes = [p.numel() for p in moved.values()]
+    parts = {n: w.reshape(2, *p.shape) for (n, p), w in zip(moved.items(), W.split(sizes, dim=1), strict=True)}
+    with torch.no_grad():
+        pulled, pushed = chunk.pull(U), chunk.push(parts)
+    assert defect(torch.cat([g.reshape(2, -1) for g in pulled.values()], 1), U.reshape(2, -1) @ J) < case.tolerance
+    assert defect(pushed.reshape(2, -1), W @ J.mT) < case.tolerance
+
+
+@pytest.mark.parametrize("name", SECOND_ORDER)
+def test_gradients_of_a_quadratic_form_equal_those_by_central_differences(name: str):
+    case = named(name)
+    module, x = case.module(), case.inputs(3)
+    K = nl.ntk(module, x, output_fn=case.output_fn, chunk_size=2)
+    u, v = normal(K.shape[0], 2, seed=1), normal(K.shape[0], 2, seed=2)
+    gradients = torch.autograd.grad((u * (K @ v)).sum(), list(module.parameters()), allow_unused=True)
+    direction = [normal(*p.shape, seed=7 + i) for i, p in enumerate(module.parameters())]
+    slope = sum(float((g * d).sum()) for g, d in zip(gradients, direction, strict=True) if g is not None)
+
+    def form(step: float) -> float:
+        twin = copy.deepcopy(module)
+        with torch.no_grad():
+            for parameter, d in zip(twin.parameters(), direction, strict=True):
+                parameter.add_(step * d)
+        J = dense_jacobian(twin, x, output_fn=case.output_fn)
+        return float((u * (J @ (J.mT @ v))).sum())
+
+    # Richardson's extrapolation of two central differences: error of order h⁴, 1e-8 at this step.
+    h = 1e-2
+    coarse, fine = (form(h) - form(-h)) / (2 * h), (form(h / 2) - form(-h / 2)) / h
+    assert slope == pytest.approx((4 * fine - coarse) / 3, rel=1e-5)
