@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 def dense_jacobian(
@@ -38,6 +39,31 @@ def dense_jacobian(
             ]
             rows.append(torch.cat([part.reshape(-1) for part in row]))
     return torch.stack(rows).detach()
+
+
+def quadratic_form_gradients(
+    module: nn.Module, x: Tensor, U: Tensor, V: Tensor, *, output_fn: Callable[[Any], Tensor] | None = None
+) -> list[Tensor]:
+    """Differentiate ``sum_d u_dᵀ J Jᵀ v_d`` in all parameters: reverse mode through rows made by reverse mode.
+
+    ``module`` must be in float64. Flash attention, which torch cannot differentiate twice, is off.
+    """
+    twin = copy.deepcopy(module).requires_grad_(True)
+    parameters = list(twin.parameters())
+    rows = []
+    for example in x.split(1):
+        with sdpa_kernel(SDPBackend.MATH):
+            returned = twin(example)
+        for output in (returned if output_fn is None else output_fn(returned)).reshape(-1):
+            gradients = torch.autograd.grad(output, parameters, create_graph=True, allow_unused=True)
+            row = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)]
+            rows.append(torch.cat([part.reshape(-1) for part in row]))
+    J = torch.stack(rows)
+    form = (U * (J @ (J.mT @ V))).sum()
+    if not form.requires_grad:
+        return [torch.zeros_like(p) for p in parameters]
+    gradients = torch.autograd.grad(form, parameters, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)]
 
 
 def dense_kernel(J1: Tensor, J2: Tensor, num_outputs: int, outputs: str | int = "full") -> Tensor:

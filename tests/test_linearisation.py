@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from case import Case
-from oracle import defect, dense_jacobian
+from oracle import defect, dense_jacobian, quadratic_form_gradients
 from torch import Generator, Tensor
 from zoo import RIGHT
 
@@ -16,19 +16,9 @@ import ntk_lazy as nl
 from ntk_lazy.engines.linearisation import DoubleReverse, ForwardOverReverse, Linearisation
 
 SHIFTED = ["tanh", "tied weights", "lstm", "weight norm", "checkpoint", "checkpoint first", "batch norm, eval"]
-SECOND_ORDER = [
-    "tanh",
-    "weight norm",
-    "weight norm, by hook",
-    "checkpoint",
-    "checkpoint first",
-    "lstm",
-    "embedding, padding_idx",
-    "encoder layer, train",
-    "conv2d, stride, padding, dilation, groups",
-    "layer norm",
-    "rms norm",
-    "batch norm, eval",
+# Torch's own second derivative of weight normalisation is wrong, so that it is no oracle: differences are.
+TWICE_DIFFERENTIABLE = [
+    case for case in RIGHT if case.params is None and case.dtype == torch.float64 and "weight norm" not in case.name
 ]
 WITHOUT_FORWARD_MODE = {"checkpoint", "checkpoint first"}
 
@@ -72,8 +62,23 @@ def test_products_are_with_the_parameters_given_even_where_activations_are_recom
     assert defect(pushed.reshape(2, -1), W @ J.mT) < case.tolerance
 
 
-@pytest.mark.parametrize("name", SECOND_ORDER)
-def test_gradients_of_a_quadratic_form_equal_those_by_central_differences(name: str):
+@pytest.mark.parametrize("case", TWICE_DIFFERENTIABLE, ids=str)
+def test_gradients_of_a_quadratic_form_equal_those_through_the_dense_jacobian(case: Case):
+    module, x = case.module().requires_grad_(True), case.inputs(3)
+    K = nl.ntk(module, x, output_fn=case.output_fn, chunk_size=2)
+    u, v = normal(K.shape[0], 2, seed=1), normal(K.shape[0], 2, seed=2)
+    expected = quadratic_form_gradients(module, x, u, v, output_fn=case.output_fn)
+    scale = max(float(g.abs().max()) for g in expected)
+    dense = (u * (K.to_dense() @ v)).sum()
+    for form in ((u * (K @ v)).sum(), dense):
+        found = torch.autograd.grad(form, list(module.parameters()), allow_unused=True)
+        for (name, parameter), g, e in zip(module.named_parameters(), found, expected, strict=True):
+            difference = (torch.zeros_like(parameter) if g is None else g) - e
+            assert float(difference.abs().max()) <= case.tolerance * scale, name
+
+
+@pytest.mark.parametrize("name", ["tanh", "weight norm", "weight norm, by hook", "layer norm", "encoder layer, train"])
+def test_gradients_of_a_quadratic_form_equal_central_differences(name: str):
     case = named(name)
     module, x = case.module(), case.inputs(3)
     K = nl.ntk(module, x, output_fn=case.output_fn, chunk_size=2)
@@ -90,7 +95,6 @@ def test_gradients_of_a_quadratic_form_equal_those_by_central_differences(name: 
         J = dense_jacobian(twin, x, output_fn=case.output_fn)
         return float((u * (J @ (J.mT @ v))).sum())
 
-    # Richardson's extrapolation of two central differences: error of order h⁴, 1e-8 at this step.
-    h = 1e-2
-    coarse, fine = (form(h) - form(-h)) / (2 * h), (form(h / 2) - form(-h / 2)) / h
-    assert slope == pytest.approx((4 * fine - coarse) / 3, rel=1e-5)
+    h = 1e-4
+    # Truncation of order h² = 1e-8 times third derivatives, rounding of order eps / h = 2e-12.
+    assert slope == pytest.approx((form(h) - form(-h)) / (2 * h), rel=1e-4)
