@@ -57,23 +57,21 @@ def paired_entries(engine: Engine, side1: Side, side2: Side, rows: Tensor, cols:
 
 
 def dense(engine: Engine, side1: Side, side2: Side, *, is_symmetric: bool) -> Tensor:
-    """Write down all of K, tile by tile; the lower tiles of a symmetric K are mirrored."""
-    r = side1.rows_per_example
-    full = torch.empty(
-        side1.num_examples * r, side2.num_examples * r, dtype=engine.model.dtype, device=engine.model.device
-    )
-    tiles: list[list[Tensor]] = []
-    chunks1, chunks2 = engine.row_chunks(side1.num_examples), engine.row_chunks(side2.num_examples)
-    for i, chunk1 in enumerate(chunks1):
-        left = engine.rows(side1.x[chunk1]).flatten(0, 1)
-        tiles.append([])
-        for j, chunk2 in enumerate(chunks2):
-            if is_symmetric and j < i:
-                tiles[i].append(tiles[j][i].mT)
-                continue
-            right = left if is_symmetric and i == j else engine.rows(side2.x[chunk2]).flatten(0, 1)
-            tiles[i].append(left @ right.mT)
-    full = torch.cat([torch.cat(row, 1) for row in tiles]) if tiles and chunks2 else full
+    """Write down all of K, tile by tile; the lower tiles of a symmetric K are mirrored. Builds no graph."""
+    r, num_features = side1.rows_per_example, engine.num_features
+    model = engine.model
+    full = torch.empty(side1.num_examples * r, side2.num_examples * r, dtype=model.dtype, device=model.device)
+    with torch.no_grad():
+        for i in engine.row_chunks(side1.num_examples):
+            left = engine.rows(side1.x[i]).reshape(-1, num_features)
+            tall = slice(i.start * r, i.stop * r)
+            for j in engine.row_chunks(side2.num_examples):
+                wide = slice(j.start * r, j.stop * r)
+                if is_symmetric and j.start < i.start:
+                    full[tall, wide] = full[wide, tall].mT
+                    continue
+                right = left if is_symmetric and i == j else engine.rows(side2.x[j]).reshape(-1, num_features)
+                full[tall, wide] = left @ right.mT
     full = full if side1.selected is None else full[side1.selected]
     return full if side2.selected is None else full[:, side2.selected]
 

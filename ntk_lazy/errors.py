@@ -36,9 +36,7 @@ class BudgetError(ArgumentError):
         largest_chunk: The largest number of examples that fits; 0 if not even one does.
     """
 
-    def __init__(
-        self, message: str, *, requested_bytes: int, available_bytes: int, largest_chunk: int = 0
-    ) -> None:
+    def __init__(self, message: str, *, requested_bytes: int, available_bytes: int, largest_chunk: int = 0) -> None:
         super().__init__(message)
         self.requested_bytes = requested_bytes
         self.available_bytes = available_bytes

@@ -12,7 +12,7 @@ from typing_extensions import override
 from ntk_lazy.engines.chunks import ChunkRule, Chunks, slices
 from ntk_lazy.engines.contract import X1, X2, ColumnsFirst, Engine, ExampleRows, OtherBlock, Preflight
 from ntk_lazy.engines.flat import FlatLayout
-from ntk_lazy.engines.linearisation import DoubleReverse, ForwardOverReverse, Linearisation, example_gradients
+from ntk_lazy.engines.linearisation import DoubleReverse, Linearisation, example_gradients, linearisation
 from ntk_lazy.model import FunctionalModel
 from ntk_lazy.outputs import OutputLayout
 from ntk_lazy.precision import differentiable_attention, ieee_precision
@@ -35,6 +35,7 @@ class AutodiffEngine(Engine):
         self.preflight = preflight
         self.flat = FlatLayout.of(model.params)
         self.rule = ChunkRule(
+            footprint=preflight.footprint,
             activation_bytes=max(preflight.activation_bytes, 1),
             parameter_bytes=model.num_params * model.dtype.itemsize,
             passes=layout.passes,
@@ -83,7 +84,7 @@ class AutodiffEngine(Engine):
     def rows(self, x: Tensor) -> ExampleRows:
         cotangents = self.layout.cotangents(dtype=self.model.dtype, device=x.device)
         with ieee_precision(), differentiable_attention():
-            if self.preflight.per_example_vmap and self.preflight.mode == "forward-over-reverse":
+            if self.preflight.per_example_vmap and not torch.is_grad_enabled():
                 pulled = example_gradients(self.model, x, cotangents)
                 flat = torch.cat([g.reshape(*g.shape[:2], -1) for g in pulled.values()], 2)
             else:
@@ -125,7 +126,7 @@ class AutodiffEngine(Engine):
         chunks: Chunks,
         gradient: dict[str, Tensor],
     ) -> None:
-        """Add to ``gradient`` that of ``⟨rows, J featuresᵀ⟩``, which is a sum over examples, with features fixed."""
+        """Add to ``gradient`` that of ``⟨Jᵀ rows, features⟩``, which is a sum over examples, with features fixed."""
         model = self.model
         leaves = {
             n: t.detach().requires_grad_(n in wrt) for n, t in (model.params | model.constants).items() if n in wrt
@@ -143,8 +144,11 @@ class AutodiffEngine(Engine):
             if not inputs:
                 return
             with torch.enable_grad():
-                pushed = self.layout.lower(self._linearise(piece, model).push(self._views(features)))
-                q = (pushed * rows[self._rows_of(examples)]).sum()
+                # Plain autograd: torch 2.13 differentiates forward mode, and vectorised reverse mode, wrongly through
+                # layer norm (it takes the saved mean and scale for constants), and says nothing.
+                pulled = DoubleReverse(model, piece).pull(self.layout.lift(rows[self._rows_of(examples)]))
+                views = self._views(features)
+                q = torch.stack([(g * views[name]).sum().to(self.model.dtype) for name, g in pulled.items()]).sum()
             if not q.requires_grad:
                 continue
             grads = torch.autograd.grad(q, list(inputs.values()), allow_unused=True)
@@ -157,8 +161,7 @@ class AutodiffEngine(Engine):
                     gradient[name] = gradient[name] + g if name in gradient else g
 
     def _linearise(self, x: Tensor, model: FunctionalModel | None = None) -> Linearisation:
-        kind = ForwardOverReverse if self.preflight.mode == "forward-over-reverse" else DoubleReverse
-        return kind(model or self.model, x)
+        return linearisation(self.preflight.mode)(model or self.model, x)
 
     def _rows_of(self, examples: slice) -> slice:
         r = self.layout.rows_per_example
@@ -185,7 +188,9 @@ class AutodiffEngine(Engine):
         return Y
 
     def _rows_of_one(self, x: Tensor, cotangents: Tensor) -> Tensor:
-        pulled = self._linearise(x).pull(cotangents.unsqueeze(1))
+        # With a graph behind it only plain autograd is right, see _sweep.
+        way = DoubleReverse(self.model, x) if torch.is_grad_enabled() else self._linearise(x)
+        pulled = way.pull(cotangents.unsqueeze(1))
         return torch.cat([g.reshape(g.shape[0], -1) for g in pulled.values()], 1)
 
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from ntk_lazy.engines.footprint import Footprint
 from ntk_lazy.errors import ArgumentError, BudgetError
 
 # Past this the working set leaves the cache levels that a chunk could still profit from, and nothing is gained.
 _WORKING_SET = {"cpu": 64 << 20, "cuda": 2 << 30}
+# On top of what tensors take: allocators keep freed pieces that are too small for the next tensor, and kernels use
+# workspaces that no operator reports (blocked layouts of convolutions, packed operands of matrix products).
+_SLACK = {"cpu": 2.0, "cuda": 1.25}
 _SHARE_OF_FREE_MEMORY = 0.25
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
@@ -56,21 +60,19 @@ class Chunks:
 
 @dataclass(frozen=True)
 class ChunkRule:
-    """The bytes of a product as a function of its chunks, and the largest chunks that fit.
-
-    With ``b`` examples, ``c`` lifted columns (columns times passes), ``a`` activation bytes an example and
-    ``p`` bytes of one parameter vector, a product holds ``a b (1 + c)`` for the activations with their
-    derivatives and ``2 p c`` for the block of features and the part that one chunk adds to it.
+    """The largest chunks over examples and columns whose footprint fits a budget.
 
     Attributes:
-        activation_bytes: a.
-        parameter_bytes: p.
+        footprint: Bytes of a product as a function of examples and lifted columns (columns times passes).
+        activation_bytes: Saved for the backward pass of one example.
+        parameter_bytes: Of one parameter vector.
         passes: Lifted columns for one column.
         budget: Bytes that may be held at once.
         device_type: ``"cpu"`` or ``"cuda"``.
         chunk_size: Examples that the user asked for, or None.
     """
 
+    footprint: Footprint
     activation_bytes: int
     parameter_bytes: int
     passes: int
@@ -82,46 +84,63 @@ class ChunkRule:
         if self.chunk_size is not None and self.chunk_size < 1:
             raise ArgumentError(f"chunk_size must be at least 1, not {self.chunk_size}.")
 
-    def _held(self, examples: int, columns: int) -> int:
-        lifted = columns * self.passes
-        return self.activation_bytes * examples * (1 + lifted) + 2 * self.parameter_bytes * lifted
+    def held(self, examples: int, columns: int) -> int:
+        """Bytes of one chunk, with what allocators and kernels take for themselves."""
+        slack = _SLACK.get(self.device_type, _SLACK["cpu"])
+        return int(slack * self.footprint.bytes(examples, columns * self.passes))
 
     def fit(self, num_examples: int, num_columns: int) -> Chunks:
-        """Choose chunks for ``num_columns`` columns, as many columns at once as half of the budget holds."""
+        """Choose chunks: as many columns as half of the budget holds, then as many examples as the rest does.
+
+        Raises:
+            BudgetError: One column over the smallest chunk does not fit.
+        """
         if num_examples == 0 or num_columns == 0:
             return Chunks(1, 1, 0)
-        smallest = self._held(self.chunk_size or 1, 1)
-        if smallest > self.budget:
-            fits = (self.budget - 2 * self.parameter_bytes * self.passes) // (self.activation_bytes * (1 + self.passes))
+        least = min(self.chunk_size or 1, num_examples)
+        if self.held(least, 1) > self.budget:
+            largest = _largest(num_examples, lambda b: self.held(b, 1) <= self.budget)
             raise BudgetError(
-                f"one column over a chunk of {self.chunk_size or 1} examples takes {smallest:,} bytes, but the budget "
-                f"is {self.budget:,}. Raise memory_budget, or use a chunk of {max(fits, 0)} examples.",
-                requested_bytes=smallest,
+                f"one column over a chunk of {least} examples takes {self.held(least, 1):,} bytes, but the budget is "
+                f"{self.budget:,}. Raise memory_budget"
+                + (f", or use a chunk of {largest} examples." if largest else "."),
+                requested_bytes=self.held(least, 1),
                 available_bytes=self.budget,
-                largest_chunk=max(int(fits), 0),
+                largest_chunk=largest,
             )
-        per_column = 2 * self.parameter_bytes * self.passes
-        columns = max(1, min(num_columns, self.budget // (2 * per_column)))
-        while columns > 1 and self._held(self.chunk_size or 1, columns) > self.budget:
-            columns = max(1, columns // 2)
-        per_example = self.activation_bytes * (1 + columns * self.passes)
-        room = min(self.budget - per_column * columns, _WORKING_SET.get(self.device_type, 64 << 20))
-        examples = self.chunk_size or min(num_examples, max(1, room // per_example))
-        return Chunks(examples, columns, self._held(examples, columns))
+        columns = max(1, _largest(num_columns, lambda c: self.held(least, c) <= self.budget / 2))
+        if self.chunk_size is not None:
+            examples = least
+        else:
+            room = min(self.budget, self.held(1, columns) + _WORKING_SET.get(self.device_type, _WORKING_SET["cpu"]))
+            examples = max(1, _largest(num_examples, lambda b: self.held(b, columns) <= room))
+        return Chunks(examples, columns, self.held(examples, columns))
 
     def fit_rows(self, rows_and_passes: int) -> int:
         """Choose how many examples may have their rows of J in memory, two sets at once."""
-        per_example = self.activation_bytes * (1 + rows_and_passes) + 2 * self.parameter_bytes * rows_and_passes
-        if 2 * per_example > self.budget:
+        slack = _SLACK.get(self.device_type, _SLACK["cpu"])
+        # While rows are gathered, each gradient exists twice: by parameter, and in its place in the flat row.
+        per_example = self.activation_bytes * (1 + 2 * rows_and_passes) + 3 * self.parameter_bytes * rows_and_passes
+        per_example = int(slack * per_example)
+        if per_example > self.budget:
             raise BudgetError(
-                f"the rows of J of one example take {per_example:,} bytes, twice, but the budget is {self.budget:,}. "
+                f"the rows of J of one example take {per_example:,} bytes, but the budget is {self.budget:,}. "
                 "Raise memory_budget.",
-                requested_bytes=2 * per_example,
+                requested_bytes=per_example,
                 available_bytes=self.budget,
             )
-        room = min(self.budget, 4 * _WORKING_SET.get(self.device_type, 64 << 20))
-        fits = max(1, room // (2 * per_example))
+        room = min(self.budget, 4 * _WORKING_SET.get(self.device_type, _WORKING_SET["cpu"]))
+        fits = max(1, room // per_example)
         return min(fits, self.chunk_size or fits)
+
+
+def _largest(limit: int, fits: Callable[[int], bool]) -> int:
+    """Find the largest number up to ``limit`` that fits, 0 if none does; what is smaller fits as well."""
+    low, high = 0, limit
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
 
 
 def _has_meminfo() -> bool:

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ntk_lazy.engines.chunks import Chunks
+from ntk_lazy.engines.footprint import Footprint
 from ntk_lazy.model import FunctionalModel
 from ntk_lazy.outputs import OutputLayout
 from ntk_lazy.shapes import Block, SmallMatrix
@@ -32,6 +33,7 @@ class Preflight:
         num_outputs: C, outputs of one example with all trailing dimensions flattened.
         writes_buffers: Whether the forward pass changes a buffer, so that each call needs its own copies.
         activation_bytes: Saved for the backward pass of one example, parameters excluded.
+        footprint: Bytes of ``Jᵀ`` and then J, as a function of examples and columns.
         draws_numbers: Whether it draws random numbers, which must not move the user's generator.
         notes: What a reader should know, such as the module that forced a fallback.
     """
@@ -41,6 +43,7 @@ class Preflight:
     num_outputs: int
     writes_buffers: bool
     activation_bytes: int
+    footprint: Footprint
     draws_numbers: bool = False
     notes: tuple[str, ...] = ()
 

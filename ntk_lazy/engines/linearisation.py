@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import TypeAlias, TypeVar, final
+from typing import Literal, TypeAlias, TypeVar, final
 
 import torch
 from jaxtyping import Float
@@ -17,6 +17,7 @@ from ntk_lazy.model import FunctionalModel
 
 Cotangents: TypeAlias = Float[Tensor, "columns examples outputs"]
 Tangents: TypeAlias = dict[str, Tensor]
+LinearisationMode: TypeAlias = Literal["forward-over-reverse", "double-reverse"]
 Result = TypeVar("Result")
 
 
@@ -145,6 +146,11 @@ class DoubleReverse(Linearisation):
 
         with torch.enable_grad():
             return self.model.evaluate(leaves, self.x, in_callers_mode)
+
+
+def linearisation(mode: LinearisationMode) -> type[ForwardOverReverse] | type[DoubleReverse]:
+    """The linearisation of a mode."""
+    return ForwardOverReverse if mode == "forward-over-reverse" else DoubleReverse
 
 
 def example_gradients(model: FunctionalModel, x: Tensor, cotangents: Float[Tensor, "rows outputs"]) -> Tangents:

@@ -18,19 +18,23 @@ from torch import Tensor
 
 from ntk_lazy.engines import suspects
 from ntk_lazy.engines.contract import Preflight
+from ntk_lazy.engines.flat import FlatLayout
+from ntk_lazy.engines.footprint import Footprint
 from ntk_lazy.engines.forward_pass import ForwardPass
 from ntk_lazy.engines.linearisation import (
     DoubleReverse,
     ForwardOverReverse,
     Linearisation,
+    LinearisationMode,
     Tangents,
     example_gradients,
+    linearisation,
     refuse_inference_mode,
 )
 from ntk_lazy.engines.rounding import Rounding, largest, noise
 from ntk_lazy.engines.suspects import TRANSFORM_ERRORS, Call, named
 from ntk_lazy.errors import NonFiniteError, UnsupportedModuleError
-from ntk_lazy.model import FunctionalModel
+from ntk_lazy.model import FunctionalModel, generators_kept
 from ntk_lazy.precision import differentiable_attention, ieee_precision
 
 
@@ -64,6 +68,7 @@ def check(model: FunctionalModel, x: Tensor) -> Preflight:
         _refuse_dropped_gradients(caught)
         mode, note = _choose_mode(model, forward)
         vectorises = mode == "forward-over-reverse" and _vectorises(model, forward, by_example, caught)
+        footprint = _measure_footprint(model, x, mode, activation_bytes)
     return Preflight(
         mode=mode,
         per_example_vmap=vectorises,
@@ -71,18 +76,19 @@ def check(model: FunctionalModel, x: Tensor) -> Preflight:
         writes_buffers=forward.writes_buffers,
         draws_numbers=forward.draws_numbers,
         activation_bytes=activation_bytes,
+        footprint=footprint,
         notes=(note,) if note else (),
     )
 
 
 @contextmanager
 def _quiet(x: Tensor) -> Iterator[list[warnings.WarningMessage]]:
-    """Build no graph by default, compute in IEEE arithmetic on a forked RNG, and collect warnings."""
+    """Build no graph by default, compute in IEEE arithmetic, keep the generators, and collect warnings."""
     with (
         torch.no_grad(),
         ieee_precision(),
         differentiable_attention(),
-        torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else []),
+        generators_kept(x.device),
         warnings.catch_warnings(record=True) as caught,
     ):
         warnings.simplefilter("always")
@@ -117,6 +123,23 @@ def _measure_activations(model: FunctionalModel, x: Tensor) -> int:
             "them. The kernel would be zero. Choose others with params=, or return the output with its graph."
         )
     return -(-sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) // x.shape[0])
+
+
+def _measure_footprint(model: FunctionalModel, x: Tensor, mode: LinearisationMode, activation_bytes: int) -> Footprint:
+    """Find out what a chunk holds, from products that are watched while they run."""
+    flat = FlatLayout.of(model.params)
+    num_outputs = model(model.params, x[:1]).shape[1]
+
+    def run(examples: int, columns: int) -> Tensor:
+        chunk = linearisation(mode)(model, x[torch.arange(examples, device=x.device) % x.shape[0]])
+        W = torch.zeros(columns, model.num_params, dtype=model.dtype, device=model.device)
+        U = torch.zeros(columns, examples, num_outputs, dtype=model.dtype, device=model.device)
+        flat.add(W, chunk.pull(U))
+        return chunk.push(flat.views(W))
+
+    measured = Footprint.measure(run) if mode == "forward-over-reverse" else None
+    parameter_bytes = model.num_params * model.dtype.itemsize
+    return measured or Footprint.assume(activation_bytes=activation_bytes, parameter_bytes=parameter_bytes)
 
 
 def _refuse_known(forward: ForwardPass) -> None:

@@ -1,0 +1,210 @@
+"""What a computation holds in memory: under its budget, flat in N, and never K."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import linear_operator
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import ntk_lazy as nl
+
+_PROGRAM = """
+import sys
+import torch
+import ntk_lazy as nl
+from torch import nn
+
+torch.set_num_threads(1)
+N, budget, what, kind = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
+torch.manual_seed(0)
+if kind == "mlp":
+    net = nn.Sequential(
+        nn.Linear(8, 256), nn.Tanh(), nn.Linear(256, 256), nn.Tanh(), nn.Linear(256, 256), nn.Tanh(), nn.Linear(256, 2)
+    )
+    x = torch.randn(N, 8)
+else:
+    net = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.ReLU(),
+        nn.Flatten(), nn.Linear(2048, 2),
+    )
+    x = torch.randn(N, 3, 16, 16)
+jobs = {
+    "product": lambda K, V: K @ V,
+    "diagonal": lambda K, V: K.diagonal(),
+    "half_gram": lambda K, V: K.half_gram(V),
+    "to_dense": lambda K, V: K.to_dense(max_dense_bytes=2**40),
+}
+K = nl.ntk(net, x, memory_budget=budget).detach()
+V = torch.randn(K.shape[0], 16)
+# What the first use of a kernel sets up for the whole process is not a part of any product.
+small = nl.ntk(net, x[:8]).detach()
+for job in jobs.values():
+    job(small, V[:16])
+
+
+def resident(key):
+    (line,) = [line for line in open("/proc/self/status") if line.startswith(key)]
+    return int(line.split()[1]) * 1024
+
+
+with open("/proc/self/clear_refs", "w") as peak:
+    peak.write("5")
+before = resident("VmRSS")
+result = jobs[what](K, V)
+print(resident("VmHWM") - before - result.nbytes)
+"""
+
+
+def _extra_bytes(num_examples: int, budget: int, what: str, kind: str) -> int:
+    """Peak resident bytes beside operands and result, in a process of its own."""
+    run = subprocess.run(
+        [sys.executable, "-c", _PROGRAM, str(num_examples), str(budget), what, kind],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return int(run.stdout)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
+@pytest.mark.parametrize("kind", ["mlp", "conv"])
+@pytest.mark.parametrize("what", ["product", "diagonal", "half_gram", "to_dense"])
+def test_peak_memory_stays_under_the_budget(what: str, kind: str):
+    budget = 80_000_000
+    # Under so small a budget K is made of many tiles, each of which needs its rows of J anew.
+    num_examples = 300 if what == "to_dense" else 1200
+    assert _extra_bytes(num_examples, budget, what, kind) <= budget
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
+def test_peak_memory_of_a_product_does_not_grow_with_the_number_of_examples():
+    budget = 60_000_000
+    few, many = (_extra_bytes(N, budget, "product", "mlp") for N in (1000, 8000))
+    # Beside the product's own chunks stand V and the result on all rows and outputs, once more by column blocks.
+    rows = 2 * 8000 * 16 * 4
+    assert many <= max(few, budget) + 2 * rows
+
+
+def test_the_footprint_of_small_chunks_tells_that_of_large_ones():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 2))
+    rule = nl.ntk(net, torch.randn(400, 8)).gramian.engine.rule
+    seen = _watch(lambda: nl.ntk(net, torch.randn(400, 8), chunk_size=400).detach() @ torch.randn(800, 12))
+    largest = seen.largest_bytes
+    # The whole is at least its largest part; it is at most all activations and tangents of the layers at once.
+    assert largest <= rule.footprint.bytes(400, 12) <= 30 * largest
+
+
+class _Watch(TorchDispatchMode):
+    """Keep the shape of every result."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes: set[tuple[int, ...]] = set()
+        self.largest_bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self.shapes.add(tuple(leaf.shape))
+                self.largest_bytes = max(self.largest_bytes, leaf.untyped_storage().nbytes())
+        return result
+
+
+def _watch(run) -> _Watch:
+    with _Watch() as watch:
+        run()
+    return watch
+
+
+@pytest.fixture
+def kernel() -> nl.NTKLinearOperator:
+    """131 examples: a prime, so that no product of widths and chunks is mistaken for it."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 24), nn.Tanh(), nn.Linear(24, 1)).double()
+    return nl.ntk(net, torch.randn(131, 3, dtype=torch.float64), chunk_size=10, max_dense_bytes=131 * 130 * 8)
+
+
+def _lazily(run) -> None:
+    n = 131
+    for shape in _watch(run).shapes:
+        assert sum(size >= n for size in shape) < 2, f"a result of shape {shape} is as large as K"
+
+
+def test_k_is_never_written_down_by_products_and_indices(kernel):
+    V = torch.randn(131, 5, dtype=torch.float64)
+
+    def work():
+        K = kernel.detach()
+        K @ V
+        K.diagonal()
+        K[3:9, :][:, 4] @ V[:6, 0]
+        K[torch.tensor([5, 2, 100])].to_dense()
+        K.half_gram(V)
+        K.jacobian_matmul(K.jacobian_rmatmul(V))
+
+    _lazily(work)
+
+
+@pytest.mark.parametrize("solver", [nl.Lanczos(block_size=4), nl.LOBPCG()], ids=repr)
+def test_k_is_never_written_down_by_an_eigensolver(kernel, solver):
+    _lazily(lambda: nl.eigsh(kernel, 6, solver=solver, seed=1))
+
+
+def test_k_is_never_written_down_by_estimates(kernel):
+    y = torch.randn(131, dtype=torch.float64)
+
+    def work():
+        K = kernel.detach()
+        nl.trace(K)
+        nl.trace(K, method="stochastic")
+        nl.frobenius_norm(K)
+        nl.kernel_target_alignment(K, y)
+        nl.spectral_position(K, y)
+
+    _lazily(work)
+
+
+def test_k_is_never_written_down_by_a_solve_and_its_gradients(kernel):
+    y = torch.randn(131, 1, dtype=torch.float64)
+
+    def work():
+        with (
+            linear_operator.settings.max_cholesky_size(1),
+            linear_operator.settings.min_preconditioning_size(10_000),
+            linear_operator.settings.cg_tolerance(1e-4),
+            linear_operator.settings.max_cg_iterations(200),
+        ):
+            quadratic, logdet = kernel.add_jitter(10.0).inv_quad_logdet(y, logdet=True)
+            (quadratic + logdet).backward()
+
+    _lazily(work)
+
+
+def test_writing_down_a_k_above_the_limit_is_refused_with_the_cure(kernel):
+    with pytest.raises(nl.BudgetError, match="max_dense_bytes") as caught:
+        kernel.to_dense()
+    assert caught.value.requested_bytes == 131 * 131 * 8
+    assert kernel.to_dense(max_dense_bytes=131 * 131 * 8).shape == (131, 131)
+
+
+def test_a_budget_below_one_example_is_refused_with_what_would_fit(kernel):
+    net = nn.Linear(3, 1).double()
+    x = torch.randn(5, 3, dtype=torch.float64)
+    with pytest.raises(nl.BudgetError, match="Raise memory_budget") as caught:
+        nl.ntk(net, x, memory_budget=10) @ torch.ones(5, 1, dtype=torch.float64)
+    assert caught.value.requested_bytes > caught.value.available_bytes == 10
+    one, five = (nl.ntk(net, x, chunk_size=b).explain().predicted_bytes for b in (1, 5))
+    with pytest.raises(nl.BudgetError, match="use a chunk of") as caught:
+        nl.ntk(net, x, memory_budget=(one + five) // 2, chunk_size=5) @ torch.ones(5, 1, dtype=torch.float64)
+    assert 1 <= caught.value.largest_chunk < 5
