@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -246,6 +247,32 @@ def test_a_study_writes_its_report_and_its_command_resumes_it(workplace, monkeyp
     assert (workplace / "out" / "spectrum.jsonl").read_bytes() == records
     assert main(["study", *TINY, "--seed", "1", "--out", "out"]) == 2
     assert "seed=0 (here 1)" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_study_that_was_killed_is_gone_on_with(workplace, monkeypatch, capsys):
+    arguments = ["study", *TINY, "--out", "out"]
+    arguments[arguments.index("--steps") + 1] = "3000"
+    command = [sys.executable, "-m", "ntk_lazy.cli", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    records = workplace / "out" / "spectrum.jsonl"
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        deadline = time.monotonic() + 120
+        while not (records.exists() and len(read_records(records)) >= 2):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.kill()
+        process.communicate()
+    before = read_records(records)
+    assert before[-1].step < 3_000
+    monkeypatch.setattr("ntk_lazy.study.report.write_report", lambda evidence, folder: folder.report)
+    assert main(arguments) == 0
+    assert "resumed at step" in capsys.readouterr().out
+    after = read_records(records)
+    assert after[: len(before)] == before
+    assert [r.step for r in after] == [0, 9, 3_000]
+    assert not list((workplace / "out").glob("*.tmp"))
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from torch import nn
 from ntk_lazy.eigen import EigenResult
 from ntk_lazy.errors import ArgumentError, DegenerateError, NonFiniteError, ShapeError
 from ntk_lazy.records import SpectrumRecord, read_records
+from ntk_lazy.study import display as display_module
 from ntk_lazy.study import run as run_module
 from ntk_lazy.study import training as training_module
 from ntk_lazy.study.canvas import look
@@ -145,7 +146,7 @@ def test_a_device_that_cannot_be_used_is_refused_before_anything_is_written(tmp_
     assert not (tmp_path / "out").exists()
 
 
-def test_a_terminal_gets_a_bar_and_a_pipe_gets_lines():
+def test_a_terminal_gets_a_bar_and_a_pipe_gets_lines(monkeypatch):
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
             return True
@@ -157,6 +158,11 @@ def test_a_terminal_gets_a_bar_and_a_pipe_gets_lines():
         text = stream.getvalue()
         assert "λ₁ [bold]" in text
         assert ("10/10" in text and "loss 0.2500" in text) == has_bar
+    monkeypatch.setattr(display_module, "_HAS_RICH", False)
+    with display_for(plain := Terminal(), total=10) as display:
+        display.say("λ₁ [bold]")
+        display.progress(10, 0.25)
+    assert plain.getvalue() == "λ₁ [bold]\n"
     assert describe(make_record(12, status="partial")).startswith("step      12")
     failed = make_record(3, status="failed", message="why", values=(), residual_norms=(), converged=())
     assert describe(failed) == "step       3  no spectrum: why"
