@@ -139,7 +139,10 @@ def _audit(
     """
     k = theta.numel()
     size = theta.abs().clamp_min(max(floor, torch.finfo(torch.float64).tiny))
-    groups = torch.arange(k).tensor_split(min(k, _AUDIT_COLUMNS[X.dtype]))
+    # Groups that grow like a geometric series: the leading values fall fastest.
+    num_groups = min(k, _AUDIT_COLUMNS[X.dtype])
+    ends = sorted({round(k ** ((i + 1) / num_groups)) for i in range(num_groups)})
+    groups = torch.arange(k).tensor_split(ends[:-1])
     signs = draw.mixing(k, 1).sign().flatten()
     S = torch.zeros(k, len(groups), dtype=torch.float64)
     smallest = torch.empty(len(groups), dtype=torch.float64)

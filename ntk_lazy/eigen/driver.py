@@ -20,6 +20,8 @@ from ntk_lazy.linalg.tiles import TILE_BYTES
 
 _PATIENCE = 8  # steps without progress before residuals of rounding size count as all there is
 _BLOCKS_IN_FLIGHT = 6  # the copy that goes in, what comes back, its scaled copy, and three while it is orthonormalised
+_ROUNDING_SHARE = 0.9  # of the tolerance: what rounding may take for the search to be able to do the rest
+_SLACK = 0.25  # of the tolerance: a value that a probe raises by more belonged to another eigenvalue
 _STRICTEST = 0.2  # of the tolerance: where a search stops making room for rounding
 
 
@@ -109,6 +111,8 @@ class Search:
                 continue
             found = self._certify(pairs)
             status = self._judge(found, pairs.spread)
+            if status is None and self.method.next_width == 0:
+                status = "noise_floor"
             watch = _Watch()
         if pairs is not None and found is None:
             found = self._certify(pairs)
@@ -143,9 +147,15 @@ class Search:
         if not self.product.affords(probe.total_columns):
             return False
         self._note_bytes(4 * probe.total_columns)
-        space, theta = self.method.space(), pairs.theta[: task.num_wanted]
-        noise = float(torch.finfo(self.draw.dtype).eps) * pairs.spread
-        verdict = look_for_missed(space, theta, noise, probe=probe, product=self.product, draw=self.draw)
+        verdict = look_for_missed(
+            self.method.space(),
+            pairs.theta[: task.num_wanted],
+            slack=_SLACK * task.rtol,
+            noise=float(torch.finfo(self.draw.dtype).eps) * pairs.spread,
+            probe=probe,
+            product=self.product,
+            draw=self.draw,
+        )
         self.check_columns += verdict.completeness.columns
         self.completeness = verdict.completeness
         self.next_seen = verdict.next_value
@@ -183,7 +193,8 @@ class Search:
         if not found.is_measured:
             return "max_products"
         allowed = self.criterion.tolerances(found.theta, spread)
-        has_room = bool((found.noise <= 0.9 * allowed)[~met].all())
+        # The noise is the difference of two products; a residual has that of one.
+        has_room = bool((found.noise / 2**0.5 <= _ROUNDING_SHARE * allowed)[~met].all())
         if self.method.is_exhaustive or not has_room or self.search_rtol < _STRICTEST * self.task.rtol:
             return "noise_floor"
         self.search_rtol /= 2

@@ -133,8 +133,13 @@ class BlockKrylov:
 
     @property
     def _num_kept(self) -> int:
-        """Ritz vectors that survive a restart: a few beyond those wanted keep the last of them converging."""
-        return self._num_wanted + max(1, self._num_wanted // 8)
+        """Ritz vectors that survive a restart: those wanted and half of the room that two more blocks leave.
+
+        The surplus keeps the last wanted pairs converging and remembers values that are still on their way up.
+        """
+        k = self._num_wanted
+        room = self._max_basis - k - 2 * (self._basis.size - self._num_done)
+        return k + max(1, k // 8, room // 2)
 
     def _extract(self, num_pairs: int) -> RitzPairs:
         """Project on the multiplied columns."""

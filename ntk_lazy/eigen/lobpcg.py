@@ -47,6 +47,7 @@ class LocallyOptimal:
         self._basis = Basis(rows, dtype=draw.dtype, device=draw.device, capacity=capacity)
         self._images = Basis(rows, dtype=draw.dtype, device=draw.device, capacity=capacity, has_gram=False)
         self._num_old = 0
+        self._last: RitzPairs | None = None
         self._pending = orthonormalise(start.clone(), [], rows=rows, width=self._width, draw=draw).Q
 
     @property
@@ -79,8 +80,10 @@ class LocallyOptimal:
         self._width = min(self._width + block.shape[1], self._product.rows.total)
 
     def tighten(self, rtol: float) -> None:
-        """Aim at a smaller tolerance from the next step on."""
+        """Aim at a smaller tolerance; columns that counted as converged may come back into ``W``."""
         self._rtol = rtol
+        if self._last is not None and not self.is_exhaustive:
+            self._choose_residuals(self._last)
 
     def step(self) -> RitzPairs:
         """Multiply ``W``, project on ``[X P W]``, and choose the next ``X``, ``P`` and ``W``."""
@@ -100,8 +103,17 @@ class LocallyOptimal:
             self._images.rotate_(rotation)
             kept = torch.eye(self._basis.size, num_kept, dtype=torch.float64)
         theta = theta[:num_kept]
-        residuals = self._choose_residuals(theta, kept, spread)
-        return RitzPairs(theta=theta, coefficients=kept, residuals=residuals, spread=spread, asymmetry=asymmetry)
+        residuals = self._defects(theta, kept)
+        self._last = RitzPairs(
+            theta=theta,
+            coefficients=kept,
+            residuals=column_norms(residuals, rows=self._product.rows),
+            spread=spread,
+            asymmetry=asymmetry,
+        )
+        self._num_old = num_kept
+        self._choose_residuals(self._last, residuals)
+        return self._last
 
     def space(self) -> Space:
         """``[X P]`` with ``W`` folded in."""
@@ -130,21 +142,23 @@ class LocallyOptimal:
         distinct = eigenvalues > torch.finfo(torch.float64).eps ** 0.5
         return Z @ (U[:, distinct] * eigenvalues[distinct].rsqrt())
 
-    def _choose_residuals(self, theta: Tensor, kept: Tensor, spread: float) -> Tensor:
-        """Measure ``A X − X Λ`` and make the next ``W`` of the columns that have not converged."""
-        X = self.combine(kept)
+    def _defects(self, theta: Tensor, kept: Tensor) -> Block:
+        """Form ``A X − X Λ``."""
         R = self.combine_images(kept)
+        X = self.combine(kept)
         R -= X * theta.to(X.device, X.dtype)
-        residuals = column_norms(R, rows=self._product.rows)
+        return R
+
+    def _choose_residuals(self, pairs: RitzPairs, R: Block | None = None) -> None:
+        """Make the next ``W`` of the residuals of columns that have not converged."""
+        if R is None:
+            R = self._defects(pairs.theta, pairs.coefficients)
         criterion = Criterion(rtol=self._rtol, noise_floor=self._product.noise_floor)
-        active = ~criterion.met(theta, residuals, spread)
-        self._num_old = kept.shape[1]
-        made = orthonormalise(
+        active = ~criterion.met(pairs.theta, pairs.residuals, pairs.spread)
+        self._pending = orthonormalise(
             R[:, active.to(R.device)],
             [self._basis.block],
             rows=self._product.rows,
             width=int(active.sum()),
             draw=self._draw,
-        )
-        self._pending = made.Q
-        return residuals
+        ).Q

@@ -19,7 +19,6 @@ from ntk_lazy.shapes import Block
 
 Verify = Literal["fast", "rigorous", False]
 
-_SLACK = 1e-3  # above the last value: a smaller excess is not worth another search
 _RIGOROUS_EPS = 0.1
 _RIGOROUS_FAILURE = 1e-3
 _RIGOROUS_COLUMNS = 4
@@ -74,7 +73,14 @@ class Verdict:
 
 
 def look_for_missed(
-    space: Space, theta: Float64[Tensor, " k"], noise: float, *, probe: Probe, product: Product, draw: RandomColumns
+    space: Space,
+    theta: Float64[Tensor, " k"],
+    *,
+    slack: float,
+    noise: float,
+    probe: Probe,
+    product: Product,
+    draw: RandomColumns,
 ) -> Verdict:
     """Add a short block Krylov iteration from random columns to a space, and see whether a value rises.
 
@@ -84,7 +90,8 @@ def look_for_missed(
     Args:
         space: What the search has multiplied.
         theta: The values it found.
-        noise: Excess that rounding can make.
+        slack: Rise, relative to a value, that is not worth another search.
+        noise: Rise that rounding can make.
         probe: Width and depth.
         product: The operator.
         draw: Gives the random block.
@@ -118,7 +125,7 @@ def look_for_missed(
     k = theta.numel()
     following = float(better[k]) if better.numel() > k else float("-inf")
     rise = better[:k] - theta
-    has_risen = rise > _SLACK * theta.abs() + noise
+    has_risen = rise > slack * theta.abs() + noise
     outside = float(rayleigh_ritz(inner, Z.gram_matrix)[0][0])
     last = float(theta[-1])
     relative = outside / last if last else float("nan")
@@ -132,7 +139,7 @@ def look_for_missed(
             method=probe.level,
             columns=columns,
             largest_outside=relative,
-            factor=(1 + _SLACK + noise / last) / (1 - _RIGOROUS_EPS) if is_rigorous else float("inf"),
+            factor=(1 + slack + noise / last) / (1 - _RIGOROUS_EPS) if is_rigorous else float("inf"),
             failure_probability=_RIGOROUS_FAILURE if is_rigorous else 1.0,
         ),
         None,
