@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ntk_lazy.alignment import kernel_target_alignment
 from ntk_lazy.dynamics import LossReduction, stability
 from ntk_lazy.eigen import EigenResult, Solver, SolveState, eigsh
-from ntk_lazy.errors import ArgumentError, NTKLazyError, ShapeError
+from ntk_lazy.errors import ArgumentError, NotConvergedError, NTKLazyError, ShapeError, UnsupportedModuleError
 from ntk_lazy.estimate import effective_rank, frobenius_norm, trace
 from ntk_lazy.kernel import ntk
 from ntk_lazy.learning import Learning
@@ -157,39 +157,71 @@ class SpectrumTracker:
         Cost: one eigensolve, the exact trace (one gradient an example), and a few single products.
 
         Raises:
-            ShapeError: The target does not fit the probes.
+            ShapeError: The target does not fit the probes or the outputs.
+            UnsupportedModuleError: The model has no kernel, as long as no record has succeeded; later, such as in train
+                mode with dropout by mistake, it makes a failed record.
         """
         if target is not None and target.shape[:1] != (self.probes.num_examples,):
             raise ShapeError(
                 f"the target has shape {tuple(target.shape)}, but there are {self.probes.num_examples} probes."
             )
         started = time.perf_counter()
-        known: dict[str, Any] = {"step": step, "num_rows": 0}
         K: NTKLinearOperator | None = None
         try:
-            K = ntk(
-                model,
-                self.probes,
-                params=self.params,
-                outputs=self.outputs,
-                output_fn=self.output_fn,
-                memory_budget=self.memory_budget,
-            )
-            known["num_rows"] = K.shape[0]
-            pairs = self._solve(K)
-            known |= _of_pairs(pairs)
-            self._pairs = pairs
-            known |= self._measure(model, K, pairs, lr, target)
-            known["vectors"] = self._keep(pairs, step)
+            K = self._kernel(model)
         except _SOLVE_ERRORS as error:
-            _LOG.warning("no spectrum at step %d: %s", step, error)
-            known = _failed(known, error)
+            if isinstance(error, UnsupportedModuleError) and not any(r.is_usable for r in self.records):
+                raise
+            known = _failed(0, error)
+        else:
+            self._check_target(K, target)
+            known = self._observe(model, K, step, lr, target)
         known["cost"] = {**known.get("cost", {}), "record_seconds": time.perf_counter() - started}
-        record = SpectrumRecord(**known, provenance=self._provenance(K))
+        record = SpectrumRecord(step=step, **known, provenance=self._provenance(K))
+        if not record.is_usable:
+            _LOG.warning("no spectrum at step %d: %s", step, record.message)
         self.records.append(record)
         if isinstance(self.folder, Path):
             append_record(self.folder / "spectrum.jsonl", record)
         return record
+
+    def _kernel(self, model: nn.Module) -> NTKLinearOperator:
+        return ntk(
+            model,
+            self.probes,
+            params=self.params,
+            outputs=self.outputs,
+            output_fn=self.output_fn,
+            memory_budget=self.memory_budget,
+        )
+
+    def _check_target(self, K: NTKLinearOperator, target: Tensor | None) -> None:
+        """Refuse a target before the solve: no later step would cure it."""
+        if target is not None and target.numel() != K.num_examples * K.num_outputs:
+            raise ShapeError(
+                f"the target has shape {tuple(target.shape)}, but the model returns {K.num_outputs} outputs for each "
+                f"of {K.num_examples} probes."
+            )
+
+    def _observe(
+        self, model: nn.Module, K: NTKLinearOperator, step: int, lr: float | None, target: Tensor | None
+    ) -> dict[str, Any]:
+        """Solve and measure; what fails is said in the fields of the record."""
+        try:
+            pairs = self._solve(K)
+            if not pairs.values.numel():
+                raise NotConvergedError(f"no pair was found: {pairs.status}", result=pairs)
+        except _SOLVE_ERRORS as error:
+            return _failed(K.shape[0], error)
+        self._pairs = pairs
+        known = {"num_rows": K.shape[0], "vectors": self._keep(pairs, step), **_of_pairs(pairs)}
+        try:
+            known |= self._measure(model, K, pairs, lr, target)
+        except _SOLVE_ERRORS as error:
+            # The pairs are good and dear: they are kept without what could not be measured of them.
+            known["message"] += f"; not measured: {type(error).__name__}: {error}"
+            _LOG.warning("step %d: %s", step, known["message"])
+        return known
 
     def _solve(self, K: NTKLinearOperator) -> EigenResult:
         start = None
@@ -283,9 +315,8 @@ class SpectrumTracker:
 
 def _of_pairs(pairs: EigenResult) -> dict[str, Any]:
     """Return the fields of a record that the solver alone decides."""
-    all_converged = bool(pairs.converged.all())
     return {
-        "status": "converged" if all_converged else "partial",
+        "status": "converged" if pairs.status == "converged" else "partial",
         "message": f"{pairs.status}; completeness: {pairs.completeness.method}",
         "values": tuple(pairs.values.tolist()),
         "residual_norms": tuple(pairs.residual_norms.tolist()),
@@ -300,13 +331,14 @@ def _of_pairs(pairs: EigenResult) -> dict[str, Any]:
     }
 
 
-def _failed(known: dict[str, Any], error: BaseException) -> dict[str, Any]:
-    """Turn what is known when a solve or a measurement fails into a record that claims nothing."""
-    empty = {"values": (), "residual_norms": (), "converged": (), "noise_floor": math.nan}
+def _failed(num_rows: int, error: BaseException) -> dict[str, Any]:
+    """Return the fields of a record that claims nothing."""
     return {
-        "step": known["step"],
-        "num_rows": known["num_rows"],
+        "num_rows": num_rows,
         "status": "failed",
         "message": f"{type(error).__name__}: {error}",
-        **empty,
+        "values": (),
+        "residual_norms": (),
+        "converged": (),
+        "noise_floor": math.nan,
     }

@@ -10,8 +10,8 @@ import torch
 from oracle import dense_jacobian
 from torch import Tensor, nn
 
-from ntk_lazy.eigen import EigenResult
-from ntk_lazy.errors import ArgumentError, ShapeError
+from ntk_lazy.eigen import EigenResult, Lanczos, eigsh
+from ntk_lazy.errors import ArgumentError, DegenerateError, ShapeError, UnsupportedModuleError
 from ntk_lazy.probes import Probes
 from ntk_lazy.records import read_records
 from ntk_lazy.tracker import LogSpaced, SpectrumTracker
@@ -166,6 +166,40 @@ def test_a_failed_solve_is_a_record_and_the_training_goes_on(tmp_path, caplog):
     assert [r.status for r in read_records(tmp_path / "spectrum.jsonl")] == ["failed", "converged"]
 
 
+def test_a_measurement_that_fails_leaves_the_pairs_in_the_record(monkeypatch, caplog):
+    def fail(*arguments: object, **options: object) -> None:
+        raise DegenerateError("no angle")
+
+    monkeypatch.setattr("ntk_lazy.tracker.kernel_target_alignment", fail)
+    model, (x, y) = make_model(), make_data()
+    record = SpectrumTracker(x, k=3).record(model, 0, target=y)
+    assert record.status == "converged"
+    assert len(record.values) == 3
+    assert "not measured: DegenerateError: no angle" in record.message
+    assert "no angle" in caplog.text
+
+
+def test_a_solve_that_was_cut_short_is_recorded_as_partial(monkeypatch):
+    whole = eigsh
+    monkeypatch.setattr("ntk_lazy.tracker.eigsh", lambda K, k, **options: whole(K, k, max_products=32, **options))
+    x = torch.randn(400, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    record = SpectrumTracker(x, k=20, solver=Lanczos(block_size=4), rtol=1e-9).record(make_model(), 0)
+    assert record.status == "partial"
+    assert len(record.values) == 20
+    assert 0 < record.num_trusted == sum(record.converged) < 20
+    assert "max_products" in record.message
+
+
+def test_a_model_without_a_kernel_is_refused_at_first_and_recorded_later():
+    x, _ = make_data()
+    model = nn.Sequential(nn.Linear(2, 8), nn.Dropout(0.5), nn.Linear(8, 1)).double()
+    tracker = SpectrumTracker(x, k=2)
+    with pytest.raises(UnsupportedModuleError, match="eval"):
+        tracker.record(model, 0)
+    assert tracker.record(model.eval(), 0).status == "converged"
+    assert tracker.record(model.train(), 1).status == "failed"
+
+
 def test_an_exception_of_the_users_model_reaches_the_user():
     class Broken(nn.Module):
         def __init__(self) -> None:
@@ -184,6 +218,8 @@ def test_a_target_of_another_length_is_refused_before_anything_is_recorded():
     tracker = SpectrumTracker(x, k=2)
     with pytest.raises(ShapeError, match="23"):
         tracker.record(make_model(), 0, target=y[1:])
+    with pytest.raises(ShapeError, match=r"\(24, 2\)"):
+        tracker.record(make_model(), 0, target=y.repeat(1, 2))
     assert tracker.records == []
 
 
