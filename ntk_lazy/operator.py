@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from math import prod
 from typing import Any, Self, cast, final
 
@@ -169,6 +170,18 @@ class NTKLinearOperator(LinearOperator):  # type: ignore[misc]  # linear_operato
             chunks=self._gramian.engine.chunks(max(examples), num_columns),
             memory_budget=self._settings.memory_budget,
         )
+
+    def linearised(self) -> AbstractContextManager[None]:
+        """Keep the forward passes of the model between the products that are made within this context.
+
+        Half of the memory budget goes to what is kept, and as many chunks are kept as fit; nothing is where the budget
+        is scarce. ``eigsh`` does this itself.
+        The gain is one forward pass of each product: most for single columns, little for wide blocks
+        (``benchmarks/products.py``).
+
+        The parameters and the inputs must not change within the context: products would not notice.
+        """
+        return self._gramian.engine.linearised()
 
     # Beyond a matrix: the factors of K, and K at other points.
 

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import ntk_lazy as nl
+from ntk_lazy.engines.kept import KeptLinearisations
 
 _PROGRAM = """
 import sys
@@ -208,3 +209,68 @@ def test_a_budget_below_one_example_is_refused_with_what_would_fit(kernel):
     with pytest.raises(nl.BudgetError, match="use a chunk of") as caught:
         nl.ntk(net, x, memory_budget=(one + five) // 2, chunk_size=5) @ torch.ones(5, 1, dtype=torch.float64)
     assert 1 <= caught.value.largest_chunk < 5
+
+
+@pytest.mark.parametrize("chunk_size", [None, 7])
+def test_products_are_the_same_while_linearisations_are_kept(chunk_size):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 2)).double()
+    K = nl.ntk(net, torch.randn(30, 3, dtype=torch.float64), chunk_size=chunk_size).detach()
+    V = torch.randn(60, 4, dtype=torch.float64)
+    single = K @ V
+    calls = []
+    net.register_forward_hook(lambda *_: calls.append(1))
+    direct = K._matmul(V)
+    plain, num_chunks = len(calls), len(calls) // 2
+    with K.linearised():
+        first = K._matmul(V)
+        calls.clear()
+        second = K._matmul(V)
+        with K.linearised():
+            third = K._matmul(V)
+    # Rounding of sums over chunks that half of the budget makes may differ; the forward passes of Jᵀ are not repeated.
+    for other in (single, first, second, third):
+        assert torch.allclose(other, direct, rtol=0, atol=1e-12 * float(direct.abs().max()))
+    assert len(calls) == 2 * num_chunks == plain
+
+
+def test_what_was_kept_is_forgotten_behind_the_context():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 1)).double()
+    x, V = torch.randn(9, 3, dtype=torch.float64), torch.randn(9, 2, dtype=torch.float64)
+    K = nl.ntk(net, x).detach()
+    with K.linearised():
+        before = K._matmul(V)
+    with torch.no_grad():
+        net[0].weight.mul_(1.5)
+    assert not torch.allclose(K._matmul(V), before)
+    assert torch.allclose(K._matmul(V), nl.ntk(net, x).detach() @ V, rtol=1e-12)
+
+
+@pytest.mark.parametrize(("budget", "forward_passes"), [(100_000_000, 32), (200_000_000, 16)])
+def test_linearisations_are_kept_only_where_the_budget_is_ample(budget, forward_passes):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 1)).double()
+    K = nl.ntk(net, torch.randn(6400, 3, dtype=torch.float64), chunk_size=400, memory_budget=budget).detach()
+    assert (K.gramian.engine.rule.held(400, 16) <= budget // 4) == (forward_passes == 16)
+    calls = []
+    net.register_forward_hook(lambda *_: calls.append(1))
+    V = torch.randn(6400, 1, dtype=torch.float64)
+    with K.linearised():
+        K._matmul(V)
+        calls.clear()
+        K._matmul(V)
+    # 16 chunks for J, which are always run, and those of the transpose where they were not kept.
+    assert len(calls) == forward_passes
+
+
+def test_linearisations_that_do_not_fit_are_made_anew():
+    kept, x, made = KeptLinearisations(25), torch.randn(4, 1), []
+
+    def make():
+        made.append(object())
+        return made[-1]
+
+    first, second = [[kept.get(x[i : i + 1], make, 10) for i in range(4)] for _ in range(2)]
+    assert [a is b for a, b in zip(first, second, strict=True)] == [True, True, False, False]
+    assert len(made) == 6

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol, cast, runtime_checkable
 
@@ -46,6 +47,15 @@ class HalfGram(Protocol):
 
     def half_gram(self, V: Block) -> SmallMatrix:
         """Form ``Vᵀ K V`` from the half product ``Jᵀ V``, summed in float64, on the CPU."""
+        ...
+
+
+@runtime_checkable
+class Linearised(Protocol):
+    """An operator that can keep what its products have in common, for as long as it does not change."""
+
+    def linearised(self) -> AbstractContextManager[None]:
+        """Keep it within the context."""
         ...
 
 

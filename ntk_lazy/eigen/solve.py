@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import Literal
 
 from torch import Tensor
 
 from ntk_lazy.eigen.block_size import block_size, typical_products
-from ntk_lazy.eigen.contract import SymmetricOperator, as_symmetric_operator
+from ntk_lazy.eigen.contract import Linearised, SymmetricOperator, as_symmetric_operator
 from ntk_lazy.eigen.dense import DenseSpectrum
 from ntk_lazy.eigen.driver import Search, Task
 from ntk_lazy.eigen.iteration import Iteration
@@ -95,7 +96,8 @@ def eigsh(  # noqa: PLR0913 - the public signature is fixed by the design
         fresh_width=0 if isinstance(chosen, Dense) else widths[0],
         method=name,
     )
-    with progress_display(progress, num_wanted=k) as callback:
+    kept = A.linearised() if isinstance(A, Linearised) else nullcontext()
+    with kept, progress_display(progress, num_wanted=k) as callback:
         result = Search(task, product, method, draw, callback).run()
     if result.status != "converged" and on_unconverged == "raise":
         raise NotConvergedError(_explain(result, k, limit), result=result)

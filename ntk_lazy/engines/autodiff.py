@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import final
 
@@ -12,11 +14,17 @@ from typing_extensions import override
 from ntk_lazy.engines.chunks import ChunkRule, Chunks, slices
 from ntk_lazy.engines.contract import X1, X2, ColumnsFirst, Engine, ExampleRows, OtherBlock, Preflight
 from ntk_lazy.engines.flat import FlatLayout
+from ntk_lazy.engines.kept import KeptLinearisations
 from ntk_lazy.engines.linearisation import DoubleReverse, Linearisation, example_gradients, linearisation
 from ntk_lazy.model import FunctionalModel
 from ntk_lazy.outputs import OutputLayout
 from ntk_lazy.precision import differentiable_attention, ieee_precision
 from ntk_lazy.shapes import Block, SmallMatrix
+
+
+# Linearisations are kept only where half of the budget is still ample for a block of so many columns: to split it
+# would cost more than the forward passes that keeping saves.
+_WIDE = 16
 
 
 @final
@@ -43,6 +51,21 @@ class AutodiffEngine(Engine):
             device_type=model.device.type,
             chunk_size=chunk_size,
         )
+        self._kept: KeptLinearisations | None = None
+
+    @override
+    @contextmanager
+    def linearised(self) -> Iterator[None]:
+        whole = self.rule
+        if self._kept is not None or whole.held(whole.chunk_size or 1, _WIDE) > whole.budget // 4:
+            yield
+            return
+        self.rule = replace(whole, budget=whole.budget // 2)
+        self._kept = KeptLinearisations(whole.budget // 2)
+        try:
+            yield
+        finally:
+            self.rule, self._kept = whole, None
 
     @override
     def pull(self, x: Tensor, V: Block) -> ColumnsFirst:
@@ -161,7 +184,10 @@ class AutodiffEngine(Engine):
                     gradient[name] = gradient[name] + g if name in gradient else g
 
     def _linearise(self, x: Tensor, model: FunctionalModel | None = None) -> Linearisation:
-        return linearisation(self.preflight.mode)(model or self.model, x)
+        kind = linearisation(self.preflight.mode)
+        if model is None and self._kept is not None and not torch.is_grad_enabled():
+            return self._kept.get(x, lambda: kind(self.model, x), self.rule.kept(x.shape[0]))
+        return kind(model or self.model, x)
 
     def _rows_of(self, examples: slice) -> slice:
         r = self.layout.rows_per_example

@@ -89,6 +89,10 @@ class ChunkRule:
         slack = _SLACK.get(self.device_type, _SLACK["cpu"])
         return int(slack * self.footprint.bytes(examples, columns * self.passes))
 
+    def kept(self, examples: int) -> int:
+        """Bytes of the linearisation of one chunk, if it is kept for the next product."""
+        return int(_SLACK.get(self.device_type, _SLACK["cpu"]) * self.activation_bytes * examples)
+
     def fit(self, num_examples: int, num_columns: int) -> Chunks:
         """Choose chunks: as many columns as half of the budget holds, then as many examples as the rest does.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -64,6 +65,10 @@ class Engine(ABC):
     def num_features(self) -> int:
         """Columns of J."""
         return self.layout.passes * self.model.num_params
+
+    @abstractmethod
+    def linearised(self) -> AbstractContextManager[None]:
+        """Keep, within the context, what products have in common; parameters and inputs must not change in it."""
 
     @abstractmethod
     def pull(self, x: Tensor, V: Block) -> ColumnsFirst:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import cached_property
 from typing import Literal, TypeAlias, TypeVar, final
 
 import torch
@@ -50,9 +51,14 @@ class ForwardOverReverse(Linearisation):
     def _outputs(self, params: dict[str, Tensor]) -> Tensor:
         return self.model(params, self.x)
 
+    @cached_property
+    def _transpose(self) -> Callable[[Tensor], tuple[Tangents]]:
+        """Jᵀ with the activations that it needs: as long as this object is kept, so is the forward pass."""
+        return vjp(self._outputs, self.model.params)[1]
+
     @override
     def pull(self, U: Cotangents) -> Tangents:
-        transpose = vjp(self._outputs, self.model.params)[1]
+        transpose = self._transpose
         if U.shape[0] == 1:
             return {name: g.unsqueeze(0) for name, g in transpose(U[0])[0].items()}
         pulled: Tangents = vmap(transpose, randomness="same")(U)[0]
