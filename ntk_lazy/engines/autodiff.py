@@ -21,7 +21,6 @@ from ntk_lazy.outputs import OutputLayout
 from ntk_lazy.precision import differentiable_attention, ieee_precision
 from ntk_lazy.shapes import Block, SmallMatrix
 
-
 # Linearisations are kept only where half of the budget is still ample for a block of so many columns: to split it
 # would cost more than the forward passes that keeping saves.
 _WIDE = 16
