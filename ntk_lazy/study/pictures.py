@@ -26,9 +26,11 @@ def learning(before: Portrait, after: Portrait, target: Target) -> Figure:
     _show(axes[0, 0], picture, span, colours="gray", title="target y")
     height, width = picture.shape
     columns, rows = (target.train_x.double().cpu().numpy().T + 1) / 2 * np.array([[width], [height]]) - 0.5
-    _show(axes[1, 0], np.full_like(picture, span), span, colours="gray", title=f"the {len(rows):,} training points")
+    # On a tint, because the points are anything from black to white.
+    axes[1, 0].imshow(np.full((height, width, 3), (0.62, 0.70, 0.79)))
+    _bare(axes[1, 0], f"the {len(rows):,} training points")
     values = target.train_y.reshape(-1).double().cpu().numpy()
-    axes[1, 0].scatter(columns, rows, c=values, s=2, cmap="gray", vmin=-span, vmax=1.2 * span, linewidths=0)
+    axes[1, 0].scatter(columns, rows, c=values, s=3, cmap="gray", vmin=-span, vmax=span, linewidths=0)
     figure.colorbar(grey, ax=axes[:, :2], shrink=0.6, aspect=30, location="bottom", label="grey value, standardised")
     figure.colorbar(red, ax=axes[:, 2:], shrink=0.9, aspect=16, location="bottom", label="residual")
     return figure
