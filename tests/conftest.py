@@ -16,7 +16,7 @@ torch.set_num_threads(1)
 settings.register_profile(
     "repeatable",
     derandomize=True,
-    max_examples=20,
+    max_examples=15,
     deadline=None,
     print_blob=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],

@@ -14,7 +14,7 @@ from zoo import REFUSED, RIGHT
 import ntk_lazy as nl
 
 SIZES = (1, 5, 17)
-CHUNKS = (None, 1, 4)
+CHUNKS = (1, 4)
 right = pytest.mark.parametrize("case", RIGHT, ids=str)
 
 
@@ -33,9 +33,18 @@ def make(case: Case, n: int, **options: object) -> nl.NTKLinearOperator:
 
 
 @cache
-def kernel(case: Case, chunk_size: int | None = 2, outputs: str | int = "full") -> nl.NTKLinearOperator:
-    """Return the lazy kernel of a case on five points, made once."""
-    return make(case, 5, chunk_size=chunk_size, outputs=outputs)
+def checked(case: Case) -> nl.NTKLinearOperator:
+    """Return the lazy kernel of a case on five points, made by ``ntk`` from end to end."""
+    return make(case, 5)
+
+
+@cache
+def kernel(case: Case, chunk_size: int = 2, outputs: str | int = "full") -> nl.NTKLinearOperator:
+    """Return the same in another way; the check, which sees neither chunks nor the output mode, is not repeated."""
+    preflight = checked(case).explain().preflight
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ntk_lazy.kernel.check", lambda model, x: preflight)
+        return make(case, 5, chunk_size=chunk_size, outputs=outputs)
 
 
 def columns(K: nl.NTKLinearOperator, k: int) -> Tensor:
@@ -52,7 +61,8 @@ def num_outputs(case: Case) -> int:
 @pytest.mark.parametrize("n", SIZES)
 def test_products_equal_those_of_the_dense_kernel(case: Case, n: int):
     J = jacobian(case, n)
-    K = kernel(case).at(case.inputs(n)) if n > 5 else make(case, n)
+    # One example is checked by itself; more are checked by the same four.
+    K = make(case, 1) if n == 1 else checked(case).at(case.inputs(n))
     assert K.shape == (J.shape[0], J.shape[0])
     assert K.num_params == J.shape[1]
     for k in (1, 3):
@@ -62,7 +72,7 @@ def test_products_equal_those_of_the_dense_kernel(case: Case, n: int):
 
 @right
 @pytest.mark.parametrize("chunk_size", CHUNKS)
-def test_every_chunking_gives_the_same_product(case: Case, chunk_size: int | None):
+def test_every_chunking_gives_the_same_product(case: Case, chunk_size: int):
     J = jacobian(case, 5)
     K = kernel(case, chunk_size)
     V = columns(K, 4)
@@ -100,7 +110,7 @@ def test_diagonal_dense_and_entries_equal_those_of_the_dense_kernel(case: Case):
 
 
 @right
-@pytest.mark.parametrize("outputs", ["trace", "sum", 0, -1])
+@pytest.mark.parametrize("outputs", ["trace", "sum", -1])
 def test_every_output_mode_equals_its_dense_formula(case: Case, outputs: str | int):
     J = jacobian(case, 5)
     dense = dense_kernel(J, J, num_outputs(case), outputs)
