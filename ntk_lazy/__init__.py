@@ -29,7 +29,7 @@ from ntk_lazy.operator import NTKLinearOperator
 from ntk_lazy.plan import Plan
 from ntk_lazy.probes import Probes
 from ntk_lazy.records import SpectrumRecord
-from ntk_lazy.tracker import SpectrumTracker
+from ntk_lazy.tracker import LogSpaced, SpectrumTracker
 
 __all__ = [
     "LOBPCG",
@@ -42,6 +42,7 @@ __all__ = [
     "Estimate",
     "FunctionalModel",
     "Lanczos",
+    "LogSpaced",
     "NTKLazyError",
     "NTKLinearOperator",
     "NonFiniteError",

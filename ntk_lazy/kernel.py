@@ -13,11 +13,10 @@ from ntk_lazy.engines.chunks import parse_budget
 from ntk_lazy.engines.preflight import check
 from ntk_lazy.errors import ArgumentError, ShapeError
 from ntk_lazy.model import FunctionalModel, OutputFunction, ParameterChoice, ParameterFunction
-from ntk_lazy.operator import NTKLinearOperator
+from ntk_lazy.operator import NTKLinearOperator, Side
 from ntk_lazy.outputs import OutputLayout, OutputMode
 from ntk_lazy.plan import EngineName, EngineSettings
 from ntk_lazy.probes import Probes
-from ntk_lazy.side import Side
 
 _PREFLIGHT_EXAMPLES = 4
 

@@ -58,9 +58,11 @@ def add_to(commands: Any) -> None:
     spectrum.add_argument("--rtol", type=float, default=1e-3, help="residual relative to each value (default: 1e-3)")
     spectrum.add_argument("--seed", type=int, default=0, help="seed of the solver (default: 0)")
     spectrum.add_argument("--solver", choices=sorted(_SOLVERS), default="auto", help="default: auto")
+    _add_kernel_options(spectrum)
     spectrum.set_defaults(run=_spectrum)
     explain = _add(commands, "explain", "say how a product would be computed", _EXPLAIN_EXAMPLE)
     explain.add_argument("-k", type=int, default=1, metavar="K", help="columns of the product (default: 1)")
+    _add_kernel_options(explain)
     explain.set_defaults(run=_explain)
     _add(commands, "doctor", "say whether a model has a kernel", _DOCTOR_EXAMPLE).set_defaults(run=_doctor)
 
@@ -77,10 +79,13 @@ def _add(commands: Any, name: str, help_text: str, example: str) -> argparse.Arg
     parser.add_argument("--weights", type=Path, metavar="FILE", help="state dict; default: what the factory made")
     parser.add_argument("--data", type=Path, required=True, metavar="FILE", help=".npy, examples first")
     parser.add_argument("--params", nargs="+", metavar="PATTERN", help="names or globs of the parameters of J")
-    parser.add_argument("--outputs", default="full", help="full, trace, sum or the index of one output (default: full)")
-    parser.add_argument("--memory-budget", metavar="BYTES", help="such as 4GB; default: a quarter of what is free")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: cpu)")
     return parser
+
+
+def _add_kernel_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--outputs", default="full", help="full, trace, sum or the index of one output (default: full)")
+    parser.add_argument("--memory-budget", metavar="BYTES", help="such as 4GB; default: a quarter of what is free")
 
 
 def _load(arguments: argparse.Namespace) -> tuple[nn.Module, Tensor]:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ntk_lazy.engines.contract import X1, X2, Engine
+from ntk_lazy.operator.side import Side
 from ntk_lazy.shapes import Block
-from ntk_lazy.side import Side
 
 
 @final

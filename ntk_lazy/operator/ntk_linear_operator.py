@@ -14,14 +14,14 @@ from typing_extensions import override
 
 from ntk_lazy.engines.contract import X1, X2, Preflight
 from ntk_lazy.errors import BudgetError, ShapeError
-from ntk_lazy.functions import read_entries, write_down
-from ntk_lazy.gramian import Gramian
 from ntk_lazy.model import FunctionalModel, ModelCall
+from ntk_lazy.operator.gramian import Gramian
+from ntk_lazy.operator.readout import read_entries, write_down
+from ntk_lazy.operator.side import Side
 from ntk_lazy.outputs import OutputLayout
 from ntk_lazy.plan import EngineSettings, Plan
 from ntk_lazy.rows import Rows
 from ntk_lazy.shapes import Block, ParameterBlock, SmallMatrix
-from ntk_lazy.side import Side
 
 _PARAM, _CONSTANT, _BUFFER = "p.", "c.", "b."
 

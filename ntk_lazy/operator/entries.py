@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ntk_lazy.engines.contract import Engine
-from ntk_lazy.side import Side
+from ntk_lazy.operator.side import Side
 
 # One product gives a whole row of K for the price of a few rows of J: past this share of wanted entries it is cheaper.
 _BLOCK_SHARE = 0.25

@@ -11,12 +11,12 @@ from typing import final
 import torch
 from torch import Tensor
 
-from ntk_lazy.bilinear import BilinearGradient
 from ntk_lazy.engines.contract import Engine, OtherBlock
-from ntk_lazy.entries import dense, entries
 from ntk_lazy.errors import ArgumentError, ShapeError
+from ntk_lazy.operator.bilinear import BilinearGradient
+from ntk_lazy.operator.entries import dense, entries
+from ntk_lazy.operator.side import Side
 from ntk_lazy.shapes import Block, ParameterBlock, SmallMatrix
-from ntk_lazy.side import Side
 
 
 @final
