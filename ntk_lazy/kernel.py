@@ -40,7 +40,7 @@ def ntk(  # noqa: PLR0913  (the front door: each option is one word)
     Args:
         model: A module, a plain function ``f(params, x)``, or a ``FunctionalModel``. A module is neither copied nor
             changed; K follows its parameters. Put it into ``eval()`` mode first if it has dropout or batch-norm.
-            Half-precision parameters are read exactly and multiplied in float32.
+            Half-precision parameters are copied to float32, exactly, and K stays with the copy.
         x1: Inputs of the rows, N examples: any dtype, token ids included.
         x2: Inputs of the columns; None makes K square, on ``x1``.
         params: Which parameters make up J: None for all (frozen ones too), names or glob patterns, or a predicate on
