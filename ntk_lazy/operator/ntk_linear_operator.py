@@ -16,6 +16,7 @@ from ntk_lazy.engines.contract import X1, X2, Preflight
 from ntk_lazy.errors import BudgetError, ShapeError
 from ntk_lazy.model import FunctionalModel, ModelCall
 from ntk_lazy.operator.gramian import Gramian
+from ntk_lazy.operator.indices import backward_slices, plain_indices
 from ntk_lazy.operator.readout import read_entries, write_down
 from ntk_lazy.operator.side import Side
 from ntk_lazy.outputs import OutputLayout
@@ -264,6 +265,17 @@ class NTKLinearOperator(LinearOperator):  # type: ignore[misc]  # linear_operato
     def _get_indices(self, row_index: Tensor, col_index: Tensor, *batch_indices: Tensor) -> Tensor:
         index = tuple(torch.broadcast_tensors(*batch_indices, row_index, col_index))
         return read_entries(self.representation_tree(), index, self.representation())
+
+    @override
+    def __getitem__(self, index: Any) -> LinearOperator | Tensor:
+        plain = list(plain_indices(index, self.shape, self.device))
+        kernel: LinearOperator = self
+        # A slice stays a slice beside a tensor: it is taken by itself, and first.
+        for dim, elements in backward_slices(tuple(plain), self.shape).items():
+            alone: list[Any] = [slice(None)] * len(plain)
+            alone[dim], plain[dim] = elements.to(self.device), slice(None)
+            kernel = LinearOperator.__getitem__(kernel, tuple(alone))
+        return LinearOperator.__getitem__(kernel, tuple(plain))
 
     @override
     def _getitem(self, row_index: Any, col_index: Any, *batch_indices: Any) -> LinearOperator:
