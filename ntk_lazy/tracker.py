@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 import math
+import operator
 import time
 from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, final
+from typing import Any, Literal, final, get_args
 
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from ntk_lazy.alignment import kernel_target_alignment
@@ -117,8 +119,10 @@ class SpectrumTracker:
     _pairs: EigenResult | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.k < 1:
-            raise ArgumentError(f"k must be at least 1, not {self.k}.")
+        self.k = _count(self.k)
+        if self.reduction not in get_args(LossReduction):
+            known = ", ".join(get_args(LossReduction))
+            raise ArgumentError(f"reduction={self.reduction!r} is unknown. Choose from {known}.")
         if self.keep_vectors and self.folder is None:
             raise ArgumentError("keep_vectors needs a folder to keep them in.")
         self.probes = Probes.of(self.probes)
@@ -139,7 +143,7 @@ class SpectrumTracker:
 
     @torch.no_grad()
     def record(
-        self, model: nn.Module, step: int, *, lr: float | None = None, target: Tensor | None = None
+        self, model: nn.Module, step: int, *, lr: float | None = None, target: Tensor | ArrayLike | None = None
     ) -> SpectrumRecord:
         """Solve for the top pairs, measure what they say, and append it all as one line.
 
@@ -148,8 +152,8 @@ class SpectrumTracker:
             step: What the caller counts.
             lr: δ of the coming step of full-batch gradient descent; with it ``stability`` is measured, and with a
                 target also the error of the first-order step, exact if the probes are the training set.
-            target: y on the probes, ``(N,)`` or ``(N, C)``; with it the energies of target and residual, the loss
-                and the spectral position are measured.
+            target: y on the probes, ``(N,)`` or ``(N, C)``, a Tensor, an array or a list; with it the energies of
+                target and residual, the loss and the spectral position are measured.
 
         Returns:
             The record, whether or not the solve succeeded.
@@ -157,10 +161,12 @@ class SpectrumTracker:
         Cost: one eigensolve, the exact trace (one gradient an example), and a few single products.
 
         Raises:
+            ArgumentError: The target is no array of numbers.
             ShapeError: The target does not fit the probes or the outputs.
             UnsupportedModuleError: The model has no kernel, as long as no record has succeeded; later, such as in train
                 mode with dropout by mistake, it makes a failed record.
         """
+        target = _target(target)
         if target is not None and target.shape[:1] != (self.probes.num_examples,):
             raise ShapeError(
                 f"the target has shape {tuple(target.shape)}, but there are {self.probes.num_examples} probes."
@@ -311,6 +317,31 @@ class SpectrumTracker:
             device=name,
             dtype="" if K is None else str(K.dtype).removeprefix("torch."),
         )
+
+
+def _count(k: Any) -> int:
+    """Read the number of pairs; an integer of NumPy is one."""
+    if not isinstance(k, bool):
+        try:
+            count = operator.index(k)
+        except TypeError:
+            pass
+        else:
+            if count >= 1:
+                return count
+    raise ArgumentError(f"k must be an integer of at least 1, not {k!r}.")
+
+
+def _target(target: Tensor | ArrayLike | None) -> Tensor | None:
+    """Read a target of any kind."""
+    if target is None:
+        return None
+    try:
+        return torch.as_tensor(target)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ArgumentError(
+            f"the target must be a Tensor, an array or a list of numbers, not this {type(target).__name__}: {error}"
+        ) from error
 
 
 def _of_pairs(pairs: EigenResult) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -17,6 +19,7 @@ from oracle import dense_jacobian
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ntk_lazy import tracker as tracker_module
 from ntk_lazy.cli import main
 from ntk_lazy.cli.main import build_parser
 from ntk_lazy.eigen import EigenResult
@@ -29,6 +32,10 @@ from torch import nn
 def build():
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 2))
+
+def linear():
+    torch.manual_seed(0)
+    return nn.Linear(3, 1)
 
 def broken():
     raise ValueError("no\\nluck")
@@ -68,6 +75,13 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     (tmp_path / "text.npy").write_text("not an array")
     save_file(trained().state_dict(), "w.safetensors")
     save_file({"0.weight": torch.zeros(2, 2)}, "other.safetensors")
+    torch.save(trained(), "module.pt")
+    torch.save({"model": trained().state_dict(), "epoch": 3}, "checkpoint.pt")
+    torch.save(torch.zeros(3), "tensor.pt")
+    torch.save(trained().state_dict(), "state.pt")
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "state.pt").read_bytes()[:500])
+    (tmp_path / "empty.pt").touch()
+    (tmp_path / "array.pickle").write_bytes(pickle.dumps({"0.weight": np.ones(2)}))
     (tmp_path / "bad.safetensors").write_text("nonsense")
     (tmp_path / "unknown.toml").write_text("stepz = 3\n")
     (tmp_path / "type.toml").write_text('steps = "many"\n')
@@ -105,6 +119,8 @@ WRONG = {
     "no such data": (replaced("--data", "none.npy"), "none.npy"),
     "data that are text": (replaced("--data", "text.npy"), "text.npy"),
     "data that are words": (replaced("--data", "words.npy"), "words.npy"),
+    "data that are a folder": (replaced("--data", "full"), "full is a folder"),
+    "data that are pickled": (replaced("--data", "module.pt"), "module.pt is not"),
     "data without examples": (replaced("--data", "empty.npy"), "empty.npy"),
     "data with a NaN": (replaced("--data", "nan.npy"), r"\(4, 1\)"),
     "data of the wrong shape": (replaced("--data", "wide.npy"), r"\(30, 5\)"),
@@ -113,15 +129,36 @@ WRONG = {
     "a target with a NaN": ([*SPECTRUM, "--target", "nan.npy"], "NaN"),
     "no such module": (replaced("--model", "nonet:build"), "nonet"),
     "no such factory": (replaced("--model", "mynet:build2"), "build2"),
+    "the file of a module": (replaced("--model", "./mynet.py:build"), "write mynet:build"),
+    "a module in a folder": (replaced("--model", "sub/mynet.py:build"), "write sub.mynet:build"),
+    "a module elsewhere": (replaced("--model", "../nets/mynet.py:build"), r"in the folder ../nets, write mynet:build"),
     "no factory at all": (replaced("--model", "mynet"), "factory"),
-    "a factory that fails": (replaced("--model", "mynet:broken"), "ValueError: no luck"),
+    "a factory that fails": (replaced("--model", "mynet:broken"), r"mynet:broken\(\) failed: no luck"),
     "a factory of numbers": (replaced("--model", "mynet:number"), "int"),
     "a number for a factory": (replaced("--model", "mynet:answer"), "int"),
     "a model without a kernel": (replaced("--model", "mynet:batch_coupled"), "other examples|batch|coupled"),
     "no such weights": ([*SPECTRUM, "--weights", "none.safetensors"], "none.safetensors"),
     "damaged weights": ([*SPECTRUM, "--weights", "bad.safetensors"], "bad.safetensors"),
+    "weights that are a whole module": ([*SPECTRUM, "--weights", "module.pt"], "whole module.*state_dict"),
+    "weights that are an array": ([*SPECTRUM, "--weights", "x.npy"], "npy array.*state_dict"),
+    "weights that are text": ([*SPECTRUM, "--weights", "text.npy"], "neither a torch file.*state_dict"),
+    "weights that are empty": ([*SPECTRUM, "--weights", "empty.pt"], "is empty.*state_dict"),
+    "weights that are a pickle": ([*SPECTRUM, "--weights", "array.pickle"], "other objects.*state_dict"),
+    "weights cut short": ([*SPECTRUM, "--weights", "cut.pt"], "is not a state dict.*damaged.*state_dict"),
+    "weights in a checkpoint": ([*SPECTRUM, "--weights", "checkpoint.pt"], "'model' is a .*may be one.*state_dict"),
+    "weights that are one tensor": ([*SPECTRUM, "--weights", "tensor.pt"], "holds a Tensor.*state_dict"),
+    "weights that are a folder": ([*SPECTRUM, "--weights", "full"], "full is a folder"),
     "weights of another model": ([*SPECTRUM, "--weights", "other.safetensors"], "do not fit"),
     "no pairs": (replaced("-k", "0"), "k must be"),
+    "more pairs than rows": (replaced("-k", "61"), "61.*60 rows"),
+    "more pairs than rows of one output": ([*replaced("-k", "31"), "--outputs", "1"], "31.*30 rows"),
+    "a learning rate of zero": ([*SPECTRUM, "--lr", "0"], "--lr must be positive"),
+    "a learning rate below zero": ([*SPECTRUM, "--lr", "-1"], "--lr must be positive"),
+    "a learning rate that is no number": ([*SPECTRUM, "--lr", "nan"], "--lr must be positive"),
+    "a seed below zero": ([*SPECTRUM, "--seed", "-1"], "seed must lie"),
+    "a seed that is too large": ([*SPECTRUM, "--seed", str(2**63)], "seed must lie"),
+    "a study with a seed below zero": (["study", *TINY, "--seed", "-1", "--out", "out"], "seed must lie"),
+    "a study with too large a seed": (["study", *TINY, "--seed", str(10**30), "--out", "out"], "seed must lie"),
     "pairs that are no number": (replaced("-k", "ten"), "ten"),
     "an unknown output": ([*SPECTRUM, "--outputs", "some"], "some"),
     "an output too many": ([*SPECTRUM, "--outputs", "2"], "outputs=2"),
@@ -164,6 +201,9 @@ def test_wrong_input_is_one_line_and_exit_code_two_and_leaves_nothing_behind(cas
     assert err.count("\n") == 1
     assert "error: " in err
     assert re.search(expected, err), err
+    for word in ("\x1b", "weights_only", "allow_pickle", "Traceback"):
+        assert word not in err
+    assert not re.search(r"\b[A-Z]\w*Error\b", err), err
     assert listing(workplace) == before
 
 
@@ -213,6 +253,78 @@ def test_parameters_and_outputs_are_chosen(workplace, capsys):
     J = dense_jacobian(model, data("x.npy").float(), names=["2.weight", "2.bias"])[1::2]
     expected = torch.linalg.eigvalsh(J @ J.mT).flip(0)[:5]
     assert record.values == pytest.approx(expected.tolist(), rel=1e-5)
+
+
+def test_a_torch_file_of_weights_says_what_safetensors_say(workplace):
+    for name, out in (("state.pt", "a"), ("w.safetensors", "b")):
+        assert main([*replaced("--out", out), "--weights", name]) == 0
+    first, second = (read_records(workplace / out / "spectrum.jsonl")[0] for out in "ab")
+    assert first.values == second.values
+
+
+def test_without_a_number_of_pairs_there_are_no_more_than_rows(workplace, capsys):
+    arguments = [a for a in SPECTRUM if a not in ("-k", "5")]
+    assert main([*arguments, "--outputs", "1"]) in (0, 1)
+    (record,) = read_records(workplace / "out" / "spectrum.jsonl")
+    assert len(record.values) == 30
+
+
+def test_values_below_the_noise_floor_are_marked(workplace, capsys):
+    # One linear layer on three features and a constant: the kernel of one output has four values, the rest is rounding.
+    assert main([*replaced("--model", "mynet:linear"), "-k", "10", "--solver", "dense"]) in (0, 1)
+    rows = re.findall(r"^ +(\d+) +-?\d\.\d+e\S+ +\S+( +rounding)?$", capsys.readouterr().out, re.MULTILINE)
+    assert {int(i): bool(mark) for i, mark in rows} == {1: False, 2: False, 3: False, 5: True, 10: True}
+
+
+def test_a_partial_result_is_written_and_said_in_one_line_with_exit_code_one(workplace, monkeypatch, capsys):
+    solve = tracker_module.eigsh
+    monkeypatch.setattr(tracker_module, "eigsh", lambda *a, **o: solve(*a, **{**o, "max_products": 12}))
+    assert main([*SPECTRUM, "--solver", "lanczos", "--rtol", "1e-12"]) == 1
+    (record,) = read_records(workplace / "out" / "spectrum.jsonl")
+    err = capsys.readouterr().err
+    assert record.status == "partial"
+    assert err.count("\n") == 1
+    assert f"partial result: {sum(record.converged)} of 5 pairs" in err
+
+
+def test_a_solve_that_fails_is_one_line_with_exit_code_one_and_leaves_nothing_behind(workplace, monkeypatch, capsys):
+    def fail(*arguments: object, **options: object) -> None:
+        raise torch.OutOfMemoryError("no memory\nis left")
+
+    monkeypatch.setattr(tracker_module, "eigsh", fail)
+    before = listing(workplace)
+    assert main(SPECTRUM) == 1
+    assert capsys.readouterr().err == "ntk-lazy: error: the solve failed: no memory is left\n"
+    assert listing(workplace) == before
+
+
+class Deaf(io.StringIO):
+    """A stream whose reader has gone away."""
+
+    def write(self, text: str) -> int:
+        raise BrokenPipeError
+
+
+def test_output_that_nobody_reads_ends_quietly_with_its_work_done(workplace, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdout", Deaf())
+    assert main(SPECTRUM) == 141
+    assert capsys.readouterr().err == ""
+    assert (workplace / "out" / "spectrum.jsonl").is_file()
+
+
+@pytest.mark.slow
+def test_a_study_of_one_layer_whose_reader_goes_away_is_finished(workplace):
+    # One layer: a kernel of rank three, so that most of its values are rounding, for the figures too.
+    arguments = ["study", *TINY, "--num-layers", "1", "--out", "out"]
+    command = [sys.executable, "-W", "error::RuntimeWarning", "-m", "ntk_lazy.cli", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        err = process.stderr.read()
+        code = process.wait(timeout=120)
+    assert (code, err) == (0, b"")
+    assert (workplace / "out" / "report.html").is_file()
 
 
 def test_explain_says_what_a_product_would_take_and_multiplies_nothing(workplace, capsys):

@@ -70,6 +70,8 @@ def test_the_learning_rate_is_halved_at_the_step_that_is_named():
         {"halvings": (500,)},
         {"snapshots": (121,)},
         {"dtype": "float16"},
+        {"seed": -1},
+        {"seed": 2**63},
         {"negative_slope": 1.0},
         {"stepz": 3},
         {"steps": "many"},

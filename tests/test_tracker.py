@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 
+import numpy as np
 import pytest
 import torch
 from oracle import dense_jacobian
@@ -265,10 +266,40 @@ def test_the_log_spaced_schedule_has_equal_shares_in_each_decade():
     assert -1 not in schedule
 
 
-@pytest.mark.parametrize("wrong", [{"k": 0}, {"keep_vectors": True}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"k": 0},
+        {"k": 2.0},
+        {"k": "2"},
+        {"k": True},
+        {"k": None},
+        {"reduction": "average"},
+        {"reduction": ["mean"]},
+        {"keep_vectors": True},
+    ],
+    ids=str,
+)
 def test_a_tracker_that_cannot_work_is_refused_when_it_is_made(wrong):
     with pytest.raises(ArgumentError):
         SpectrumTracker(make_data()[0], **wrong)
+
+
+@pytest.mark.parametrize("kind", [torch.Tensor.numpy, torch.Tensor.tolist], ids=["array", "list"])
+def test_a_target_of_any_kind_says_what_the_tensor_says(kind):
+    x, y = make_data()
+    tracker = SpectrumTracker(x, k=np.int64(2))
+    expected, record = (tracker.record(make_model(), 0, target=target) for target in (y, kind(y)))
+    assert record.scalars["loss"] == pytest.approx(expected.scalars["loss"], rel=1e-6)
+    assert record.energies["target"] == pytest.approx(expected.energies["target"], abs=1e-6)
+
+
+def test_a_target_that_is_no_array_of_numbers_is_refused_before_anything_is_recorded():
+    tracker = SpectrumTracker(make_data()[0], k=2)
+    for target in ("y", [[1.0], [1.0, 2.0]], {"y": 1}):
+        with pytest.raises(ArgumentError, match="target must be"):
+            tracker.record(make_model(), 0, target=target)
+    assert tracker.records == []
 
 
 def test_a_schedule_without_steps_in_a_decade_is_refused():

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ntk_lazy.cli.weights import read_weights
 from ntk_lazy.errors import ArgumentError, NonFiniteError, ShapeError
 from ntk_lazy.study.config import check_device
 
@@ -43,9 +45,9 @@ def load_model(spec: str, weights: Path | None, *, device: str) -> nn.Module:
     model = _make(spec)
     if weights is not None:
         try:
-            model.load_state_dict(_read_weights(weights))
+            model.load_state_dict(read_weights(weights))
         except (RuntimeError, TypeError) as error:
-            raise ArgumentError(f"the weights {weights} do not fit {spec}: {error}") from error
+            raise ArgumentError(f"the weights {weights} do not fit {spec}: {_why(error)}") from error
     return model.to(device).eval()
 
 
@@ -56,13 +58,20 @@ def load_array(path: Path, *, name: str) -> Tensor:
         ArgumentError: It is missing, or no array of numbers.
         NonFiniteError: It holds a NaN or an infinity.
     """
+    if path.is_dir():
+        raise ArgumentError(f"{name}: {path} is a folder; an .npy file is needed.")
     if not path.is_file():
         raise ArgumentError(f"{name}: there is no file {path}.")
     try:
-        array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise ArgumentError(f"{name}: {path} is not an .npy array of numbers: {error}") from error
-    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiub" or array.ndim == 0:
+        array = _read_npy(path)
+    except OSError as error:
+        raise ArgumentError(f"{name}: cannot read {path}: {error.strerror or error}.") from error
+    except (ValueError, EOFError, SyntaxError, MemoryError) as error:
+        # Not NumPy's own words, which advise to run what is pickled in the file.
+        raise ArgumentError(
+            f"{name}: {path} is not a whole .npy file of numbers; write one with numpy.save(FILE, array)."
+        ) from error
+    if array.dtype.kind not in "fiub" or array.ndim == 0:
         raise ArgumentError(f"{name}: {path} is not one .npy array of real numbers with a dimension of examples.")
     if array.size == 0:
         raise ShapeError(f"{name}: {path} has shape {array.shape}, so that it holds nothing.")
@@ -87,23 +96,39 @@ def fit_data(model: nn.Module, data: Tensor) -> Tensor:
             model(data[:2])
     except _USER_ERRORS as error:
         raise ArgumentError(
-            f"the model cannot be applied to data of shape {tuple(data.shape)} and dtype {data.dtype}: "
-            f"{type(error).__name__}: {error}"
+            f"the model cannot be applied to data of shape {tuple(data.shape)} and dtype {data.dtype}: {_why(error)}"
         ) from error
     return data
+
+
+def _read_npy(path: Path) -> NDArray[Any]:
+    """Read one array, and nothing else that ``numpy.load`` would take, such as an archive of several."""
+    with path.open("rb") as file:
+        array: NDArray[Any] = np.lib.format.read_array(file, allow_pickle=False)
+    return array
+
+
+def _why(error: BaseException) -> str:
+    """Say in words what somebody else's code has raised; by its class only where its words say nothing."""
+    words = " ".join(str(error).split())
+    return words if words and not isinstance(error, KeyError) else f"{type(error).__name__} {words}".rstrip()
 
 
 def _make(spec: str) -> nn.Module:
     module_name, colon, attribute = spec.partition(":")
     if not (module_name and colon and attribute):
         raise ArgumentError(f"--model is {spec!r}; package.module:factory is needed, for example mynet:build.")
+    if module_name.endswith(".py") or "/" in module_name or os.sep in module_name:
+        raise ArgumentError(
+            f"--model is {spec!r}, a path, and a module is needed: {_as_module(module_name)}:{attribute}."
+        )
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)
     try:
         module = importlib.import_module(module_name)
     except (ImportError, SyntaxError, *_USER_ERRORS) as error:
-        raise ArgumentError(f"--model: cannot import {module_name!r}: {type(error).__name__}: {error}") from error
+        raise ArgumentError(f"--model: cannot import {module_name!r}: {_why(error)}") from error
     found = getattr(module, attribute, None)
     if found is None:
         raise ArgumentError(f"--model: {module_name} has no {attribute!r}.")
@@ -114,22 +139,15 @@ def _make(spec: str) -> nn.Module:
     try:
         model = found()
     except _USER_ERRORS as error:
-        raise ArgumentError(f"--model: {spec}() failed: {type(error).__name__}: {error}") from error
+        raise ArgumentError(f"--model: {spec}() failed: {_why(error)}") from error
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"--model: {spec}() returned a {type(model).__name__}, and a torch.nn.Module is needed.")
     return model
 
 
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise ArgumentError(f"--weights: there is no file {path}.")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        # Without pickled code: a file of weights must not be able to run anything.
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, OSError, *_USER_ERRORS) as error:
-        raise ArgumentError(f"--weights: cannot read {path}: {error}") from error
-    if not isinstance(found, dict):
-        raise ArgumentError(f"--weights: {path} holds a {type(found).__name__}, and a state dict is needed.")
-    return found
+def _as_module(path: str) -> str:
+    """Turn the path of a file of Python into what ``--model`` wants, with the folder to start from where it matters."""
+    place = Path(path).with_suffix("")
+    if place.is_absolute() or ".." in place.parts:
+        return f"in the folder {place.parent}, write {place.name}"
+    return f"write {'.'.join(place.parts)}"

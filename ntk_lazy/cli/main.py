@@ -13,10 +13,16 @@ from typing_extensions import override
 from ntk_lazy.cli import model_commands, study_commands
 from ntk_lazy.errors import ArgumentError, NTKLazyError
 from ntk_lazy.records import versions
+from ntk_lazy.study.pipe import abandon
 
 _INTERRUPTED = 130  # what a shell reports for a process that Ctrl-C has ended
+_CLOSED_PIPE = 141  # and for one that has lost the reader of its output
 _WRONG_INPUT = 2
 _FAILED = 1
+_EPILOG = """\
+Each command has its own --help with a worked example. Exit code: 0 for success, 1 if the work failed or was done in
+part, 2 if the input was wrong (nothing is written then), 130 after Ctrl-C.
+"""
 
 
 @final
@@ -33,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="ntk-lazy",
         description="Spectra of the empirical neural tangent kernel, without ever writing it down.",
-        epilog="Each command has its own --help with a worked example.",
+        epilog=_EPILOG,
     )
     parser.add_argument("--version", action="version", version=f"ntk-lazy {versions().get('ntk-lazy', 'unknown')}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -49,9 +55,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; those of the process by default.
 
     Returns:
-        0; 1 if the work failed; 2 if the input was wrong; 130 if it was interrupted. Errors are one line on standard
-        error.
+        0; 1 if the work failed or was done in part; 2 if the input was wrong; 130 if it was interrupted; 141 if nobody
+        reads its output any more. Errors are one line on standard error.
     """
+    try:
+        try:
+            return _run(argv)
+        finally:
+            # Here, and not when the interpreter ends: it could only complain then.
+            sys.stdout.flush()
+    except BrokenPipeError:
+        abandon(sys.stdout)
+        return _CLOSED_PIPE
+
+
+def _run(argv: Sequence[str] | None) -> int:
     logging.basicConfig(level=logging.ERROR)
     arguments = build_parser().parse_args(argv)
     try:

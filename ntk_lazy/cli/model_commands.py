@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import shutil
 import sys
@@ -11,15 +12,19 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from ntk_lazy import errors
 from ntk_lazy.cli.inputs import fit_data, load_array, load_model
 from ntk_lazy.doctor import doctor
 from ntk_lazy.eigen import LOBPCG, Dense, Lanczos, Solver
-from ntk_lazy.errors import ArgumentError, ShapeError
+from ntk_lazy.errors import ArgumentError, NTKLazyError, ShapeError
 from ntk_lazy.kernel import ntk
+from ntk_lazy.operator import NTKLinearOperator
 from ntk_lazy.outputs import OutputMode
 from ntk_lazy.records import SpectrumRecord
+from ntk_lazy.study.config import check_seed
 from ntk_lazy.tracker import SpectrumTracker
 
+_DEFAULT_PAIRS = 100
 _SOLVERS: dict[str, Literal["auto"] | Solver] = {
     "auto": "auto",
     "lanczos": Lanczos(),
@@ -35,6 +40,10 @@ _SPECTRUM_EXAMPLE = f"""\
 example:
   ntk-lazy spectrum --model mynet:build --weights w.safetensors --data x.npy --target y.npy -k 200 --out mine
       writes spectrum.jsonl (values, residuals, energies) and vectors/step-00000000.safetensors
+
+exit code:
+  0 if all pairs converged; 1 if the solve failed, with nothing written, or only some converged, with what was found
+  written; 2 if the input was wrong, with nothing written
 {_MODEL_NOTE}"""
 _EXPLAIN_EXAMPLE = f"""\
 example:
@@ -51,7 +60,7 @@ example:
 def add_to(commands: Any) -> None:
     """Add the commands to the parser's."""
     spectrum = _add(commands, "spectrum", "find the leading eigenpairs of a model of yours", _SPECTRUM_EXAMPLE)
-    spectrum.add_argument("-k", type=int, default=100, metavar="K", help="number of eigenpairs (default: 100)")
+    spectrum.add_argument("-k", type=int, metavar="K", help="eigenpairs (default: 100, or all if there are fewer rows)")
     spectrum.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="new folder for the results")
     spectrum.add_argument("--target", type=Path, metavar="FILE", help=".npy of shape (N,) or (N, C): measure alignment")
     spectrum.add_argument("--lr", type=float, metavar="DELTA", help="learning rate, for the edge of stability")
@@ -98,13 +107,44 @@ def _spectrum(arguments: argparse.Namespace) -> int:
     out: Path = arguments.out
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ArgumentError(f"--out {out} exists and is not an empty folder; choose another.")
+    _check_numbers(arguments)
     target = None if arguments.target is None else load_array(arguments.target, name="--target")
     model, data = _load(arguments)
     if target is not None and target.shape[0] != data.shape[0]:
         raise ShapeError(f"--target has shape {tuple(target.shape)}, but --data holds {data.shape[0]} examples.")
+    num_rows = _kernel(arguments, model, data).shape[0]
+    if arguments.k is None:
+        arguments.k = min(_DEFAULT_PAIRS, num_rows)
+    if arguments.k > num_rows:
+        raise ArgumentError(f"-k is {arguments.k}, but the kernel has {num_rows} rows and no more pairs than that.")
     record = _record_into(out, arguments, model, data, target)
+    if record.status != "converged":
+        sys.stderr.write(
+            f"ntk-lazy: partial result: {sum(record.converged)} of {arguments.k} pairs converged; "
+            f"'converged' in {out / 'spectrum.jsonl'} says which\n"
+        )
     _print_record(record, out)
     return 0 if record.status == "converged" else 1
+
+
+def _check_numbers(arguments: argparse.Namespace) -> None:
+    """Refuse numbers that no solve can be made with, before anything is loaded."""
+    if arguments.k is not None and arguments.k < 1:
+        raise ArgumentError(f"-k must be at least 1, not {arguments.k}.")
+    for name, value in (("--lr", arguments.lr), ("--rtol", arguments.rtol)):
+        if value is not None and not 0 < value < math.inf:
+            raise ArgumentError(f"{name} must be positive and finite, not {value}.")
+    check_seed(arguments.seed)
+
+
+def _kernel(arguments: argparse.Namespace, model: nn.Module, data: Tensor) -> NTKLinearOperator:
+    return ntk(
+        model,
+        data,
+        params=arguments.params,
+        outputs=_outputs(arguments.outputs),
+        memory_budget=arguments.memory_budget,
+    )
 
 
 def _record_into(
@@ -128,7 +168,7 @@ def _record_into(
         )
         record = tracker.record(model, 0, lr=arguments.lr, target=target)
         if not record.is_usable:
-            raise ArgumentError(record.message)
+            raise _failure(record.message)
         if out.exists():
             out.rmdir()
         partial.rename(out)
@@ -139,6 +179,14 @@ def _record_into(
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def _failure(message: str) -> NTKLazyError:
+    """Make the error of a solve again from a record, which keeps its class in words."""
+    name, _, words = message.partition(": ")
+    kind = getattr(errors, name, None)
+    is_input = isinstance(kind, type) and issubclass(kind, ArgumentError)
+    return ArgumentError(words) if is_input else NTKLazyError(f"the solve failed: {words or message}")
+
+
 def _print_record(record: SpectrumRecord, out: Path) -> None:
     values = record.values
     write = sys.stdout.write
@@ -147,7 +195,10 @@ def _print_record(record: SpectrumRecord, out: Path) -> None:
     for i in sorted({1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000, len(values)}):
         if i <= len(values):
             value, residual = values[i - 1], record.residual_norms[i - 1]
-            write(f"{i:>5}  {value:>13.6e}  {residual / value if value > 0 else float('nan'):>9.1e}\n")
+            share = f"{residual / value:>9.1e}" if value > 0 else f"{'-':>9}"
+            # Written so that a floor that is not known marks nothing.
+            mark = "  rounding" if value <= record.noise_floor * values[0] else ""
+            write(f"{i:>5}  {value:>13.6e}  {share}{mark}\n")
     write(f"noise floor {record.noise_floor:.1e} of the first; {record.num_trusted} pairs certified above it\n")
     for name, value in record.scalars.items():
         error = record.errors.get(name)
@@ -161,13 +212,7 @@ def _explain(arguments: argparse.Namespace) -> int:
     model, data = _load(arguments)
     if arguments.k < 1:
         raise ArgumentError(f"-k must be at least 1, not {arguments.k}.")
-    kernel = ntk(
-        model,
-        data,
-        params=arguments.params,
-        outputs=_outputs(arguments.outputs),
-        memory_budget=arguments.memory_budget,
-    )
+    kernel = _kernel(arguments, model, data)
     sys.stdout.write(f"{kernel.explain(arguments.k)}\n")
     return 0
 

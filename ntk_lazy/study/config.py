@@ -29,6 +29,16 @@ def _setting(default: Any, help_text: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": help_text})
 
 
+def check_seed(seed: int) -> None:
+    """Refuse a seed that a generator of torch or NumPy would.
+
+    Raises:
+        ArgumentError: It is negative or has more than 63 bits.
+    """
+    if not 0 <= seed < 2**63:
+        raise ArgumentError(f"seed must lie in 0..2**63-1, not {seed}.")
+
+
 @final
 @dataclass(frozen=True, kw_only=True)
 class StudyConfig:
@@ -77,6 +87,7 @@ class StudyConfig:
             raise ArgumentError(f"halvings must rise and lie between 0 and steps={self.steps}, not {self.halvings}.")
         if not all(0 <= s <= self.steps for s in self.snapshots):
             raise ArgumentError(f"snapshots must lie in 0..steps={self.steps}, not {self.snapshots}.")
+        check_seed(self.seed)
         if self.dtype not in ("float32", "float64"):
             raise ArgumentError(f"dtype must be float32 or float64, not {self.dtype!r}.")
 

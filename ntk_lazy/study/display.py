@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Protocol, TextIO, final
 
 from ntk_lazy.records import SpectrumRecord
+from ntk_lazy.study.pipe import abandon
 
 try:
     from rich.console import Console
@@ -47,8 +48,11 @@ class Lines:
         self._stream = stream
 
     def say(self, text: str) -> None:
-        """Write the line."""
-        print(text, file=self._stream, flush=True)
+        """Write the line; a reader that has gone away is no reason to end a study."""
+        try:
+            print(text, file=self._stream, flush=True)
+        except BrokenPipeError:
+            abandon(self._stream)
 
     def progress(self, step: int, loss: float) -> None:
         """Pass over it: a snapshot's line says as much."""

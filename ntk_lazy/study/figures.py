@@ -96,7 +96,9 @@ def spectra(evidence: Evidence) -> Figure:
         index = np.arange(1, len(values) + 1)
         left.plot(index, values, color=colour, label=f"step {record.step:,}")
         left.axhline(record.noise_floor * values[0], color=colour, linestyle=":", linewidth=1)
-        right.plot(index, residuals / values, color=colour)
+        # A kernel of low rank has values that round to zero or below, and no relative residual there.
+        positive = values > 0
+        right.plot(index[positive], residuals[positive] / values[positive], color=colour)
     for panel in (left, right):
         panel.set_xscale("log")
         panel.set_yscale("log")
