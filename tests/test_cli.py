@@ -146,6 +146,7 @@ WRONG = {
     "weights that are a pickle": ([*SPECTRUM, "--weights", "array.pickle"], "other objects.*state_dict"),
     "weights cut short": ([*SPECTRUM, "--weights", "cut.pt"], "is not a state dict.*damaged.*state_dict"),
     "weights in a checkpoint": ([*SPECTRUM, "--weights", "checkpoint.pt"], "'model' is a .*may be one.*state_dict"),
+    "damaged weights that name their cure": ([*SPECTRUM, "--weights", "bad.safetensors"], "save_file.*state_dict"),
     "weights that are one tensor": ([*SPECTRUM, "--weights", "tensor.pt"], "holds a Tensor.*state_dict"),
     "weights that are a folder": ([*SPECTRUM, "--weights", "full"], "full is a folder"),
     "weights of another model": ([*SPECTRUM, "--weights", "other.safetensors"], "do not fit"),

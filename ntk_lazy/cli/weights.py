@@ -59,7 +59,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise ArgumentError(f"--weights: cannot read {path}: {error.strerror or error}.") from error
     except _FOREIGN as error:
         # Not the parser's own words: they are about bytes, or advise to run what is in the file.
-        raise ArgumentError(f"--weights: {path} {_what(path)}; {_CURE}.") from error
+        raise ArgumentError(f"--weights: {path} {_what(path)}.") from error
     return _checked(path, found)
 
 
@@ -80,15 +80,15 @@ def _checked(path: Path, found: Any) -> dict[str, Tensor]:
 
 
 def _what(path: Path) -> str:
-    """Say what a file that could not be read is, as far as its first bytes tell."""
+    """Say what a file that could not be read is, as far as its first bytes tell, and the cure."""
     with path.open("rb") as file:
         head = file.read(6)
     if not head:
-        return "is empty"
+        return f"is empty; {_CURE}"
     if path.suffix == ".safetensors":
-        return "is not a safetensors file"
+        return "is not a safetensors file; save it with safetensors.torch.save_file(model.state_dict(), FILE)"
     if head == b"\x93NUMPY":
-        return "is an .npy array, not a state dict"
+        return f"is an .npy array, not a state dict; {_CURE}"
     if head.startswith((b"PK", b"\x80")):
-        return "is not a state dict: it holds a whole module or other objects beside tensors, or is damaged"
-    return "is neither a torch file nor, by its suffix, a safetensors file"
+        return f"is not a state dict: it holds a whole module or other objects beside tensors, or is damaged; {_CURE}"
+    return f"is neither a torch file nor, by its suffix, a safetensors file; {_CURE}"
