@@ -105,7 +105,7 @@ class WrappedOperator:
     @property
     def device(self) -> torch.device:
         """Device of the operator."""
-        return torch.device(self.operator.device)
+        return torch.device(self.operator.device or "cpu")  # operators that hold no tensor have none
 
     @property
     def num_outputs(self) -> int:
@@ -181,7 +181,7 @@ def as_symmetric_operator(A: object) -> SymmetricOperator:
     elif isinstance(A, LinearOperator):
         _check_square(tuple(A.shape))
         wrapped = WrappedOperator(A)
-        operator = FactoredOperator(wrapped) if callable(getattr(A, "half_gram", None)) else wrapped
+        operator = FactoredOperator(wrapped) if _has_half_gram(A) else wrapped
     elif isinstance(A, SymmetricOperator):
         operator = A
     else:
@@ -198,6 +198,11 @@ def as_symmetric_operator(A: object) -> SymmetricOperator:
     if isinstance(operator, TensorOperator):
         _check_entries(operator.matrix)
     return operator
+
+
+def _has_half_gram(A: LinearOperator) -> bool:
+    """Whether ``A`` has half products: the class may, and this one not, being negative or of two sides."""
+    return callable(getattr(A, "half_gram", None)) and bool(getattr(A, "is_gram_matrix", True))
 
 
 def _check_square(shape: tuple[int, ...]) -> None:

@@ -6,6 +6,7 @@ import math
 from contextlib import nullcontext
 from typing import Literal
 
+import numpy as np
 from torch import Tensor
 
 from ntk_lazy.eigen.block_size import block_size, typical_products
@@ -23,6 +24,7 @@ from ntk_lazy.eigen.result import EigenResult
 from ntk_lazy.eigen.start import NUM_FRESH, start_block
 from ntk_lazy.eigen.verify import Verify
 from ntk_lazy.errors import ArgumentError, NotConvergedError
+from ntk_lazy.precision import ieee_precision
 
 _SMALL = 256  # rows at which LAPACK beats any iteration
 _HOPELESS = 20  # times what a search usually takes
@@ -30,6 +32,7 @@ _CHECKS = 64  # products that certification may add to those of a dense matrix, 
 _LARGEST_DENSE = 20_000  # rows; float64 matrix and vectors take 6.4 GB there
 
 
+@ieee_precision()
 def eigsh(  # noqa: PLR0913 - the public signature is fixed by the design
     A: object,
     k: int,
@@ -58,7 +61,7 @@ def eigsh(  # noqa: PLR0913 - the public signature is fixed by the design
             added. Worth 5 to 35 % of the products between neighbouring checkpoints.
         seed: Of all random columns. Same seed, same result.
         max_products: Most products to spend; None: 20 times what a search usually takes.
-        verify: ``"fast"`` looks for missed eigenvalues with 16 products, ``"rigorous"`` gives a probability
+        verify: ``"fast"`` looks for missed eigenvalues with 16 to 48 products, ``"rigorous"`` gives a probability
             (about 50 products), False does not look.
         on_unconverged: Whether a set that is not complete is raised or returned. It is never called converged.
         progress: True for a line on standard error, or a function of a ``SolveState``.
@@ -79,6 +82,7 @@ def eigsh(  # noqa: PLR0913 - the public signature is fixed by the design
     """
     operator = as_symmetric_operator(A)
     n = operator.rows.total
+    k = int(k) if isinstance(k, np.integer) else k
     _check_arguments(k, n, rtol=rtol, max_products=max_products)
     _check_choices(solver, verify, on_unconverged)
     draw = RandomColumns(operator.rows, seed=seed, dtype=operator.dtype, device=operator.device)
@@ -110,8 +114,10 @@ def _check_arguments(k: int, n: int, *, rtol: float, max_products: int | None) -
         raise ArgumentError(f"k is {k!r}; an operator with {n} rows has 1 to {n} eigenpairs.")
     if not 0 < rtol < 1:
         raise ArgumentError(f"rtol is {rtol!r}; it is relative to each eigenvalue and lies between 0 and 1.")
-    if max_products is not None and max_products < 1:
-        raise ArgumentError(f"max_products is {max_products}; nothing can be found without a product.")
+    if max_products is not None and (not isinstance(max_products, int) or max_products < 1):
+        raise ArgumentError(
+            f"max_products is {max_products!r}; it is a count, and nothing can be found without a product."
+        )
 
 
 def _check_choices(solver: object, verify: object, on_unconverged: object) -> None:

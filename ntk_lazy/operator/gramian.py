@@ -154,7 +154,7 @@ class Gramian:
         return values if self.scale is None else values * self.scale
 
     def _root_scale(self) -> float:
-        scale = 1.0 if self.scale is None else float(self.scale)
+        scale = 1.0 if self.scale is None else float(self.scale.detach())
         if scale < 0:
             raise ArgumentError(f"K is scaled by {scale}, so that it is not J Jᵀ of any real J.")
         return sqrt(scale)

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from math import prod
 from typing import Any, Self, cast, final
 
+import numpy as np
 import torch
 from linear_operator.operators import LinearOperator
 from torch import Tensor
@@ -21,6 +22,7 @@ from ntk_lazy.operator.readout import read_entries, write_down
 from ntk_lazy.operator.side import Side
 from ntk_lazy.outputs import OutputLayout
 from ntk_lazy.plan import EngineSettings, Plan
+from ntk_lazy.probes import Probes
 from ntk_lazy.rows import Rows
 from ntk_lazy.shapes import Block, ParameterBlock, SmallMatrix
 
@@ -145,6 +147,12 @@ class NTKLinearOperator(LinearOperator):  # type: ignore[misc]  # linear_operato
         return self._gramian.side2 is None
 
     @property
+    def is_gram_matrix(self) -> bool:
+        """Whether K is ``J Jᵀ`` of a real J: one set of rows, one kernel, and no negative scale."""
+        scale = self._gramian.scale
+        return self.is_symmetric and not self.batch_shape and (scale is None or bool(scale.detach() >= 0))
+
+    @property
     def rows(self) -> Rows:
         """The rows of a long vector that this process holds: all of them."""
         return Rows(self._gramian.side1.num_rows)
@@ -223,12 +231,17 @@ class NTKLinearOperator(LinearOperator):  # type: ignore[misc]  # linear_operato
         """
         return self._gramian.half_gram(V)
 
-    def at(self, x1: Tensor, x2: Tensor | None = None) -> NTKLinearOperator:
-        """The same kernel at other points: square at ``x1``, or between ``x1`` and ``x2``."""
+    def at(self, x1: Tensor | np.ndarray | Probes, x2: Tensor | np.ndarray | Probes | None = None) -> NTKLinearOperator:
+        """The same kernel at other points: square at ``x1``, or between ``x1`` and ``x2``.
+
+        One example without its leading dimension is one point.
+        """
         old = self._gramian.side1
         example = old.x.shape[old.axis + 1 :]
         sides = []
-        for x in (x1, x2):
+        for given in (x1, x2):
+            x = given if given is None or isinstance(given, Tensor) else Probes.of(given).inputs
+            x = x.unsqueeze(0) if x is not None and x.shape == example else x
             if x is not None and (x.ndim <= old.example_dims or x.shape[x.ndim - old.example_dims :] != example):
                 raise ShapeError(
                     f"points of shape {tuple(x.shape)} do not fit a kernel whose examples have shape {tuple(example)}; "

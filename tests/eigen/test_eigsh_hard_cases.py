@@ -55,6 +55,19 @@ def test_any_number_of_pairs_up_to_all_is_found(n: int, solver: Solver, dtype: t
         check_solution(eigsh(A, k, solver=chosen, seed=1), A, k)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("block_size", [1, 2, 4])
+@pytest.mark.parametrize("multiplicity", [2, 5, 12])
+def test_copies_on_a_slowly_falling_spectrum_are_found_by_narrow_blocks(multiplicity: int, block_size: int) -> None:
+    values = (0.8 ** torch.arange(300, dtype=torch.float64)).repeat_interleave(multiplicity)[:300]
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+        Q = torch.linalg.qr(torch.randn(300, 300, generator=generator, dtype=torch.float64))[0]
+        A = (Q * values) @ Q.mT
+        A = (A + A.mT) / 2
+        check_solution(eigsh(A, K, solver=Lanczos(block_size=block_size), seed=seed), A, K)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_null_vectors_are_named_as_such(dtype: torch.dtype) -> None:
     A = hard_spectra(N)[3].matrix(dtype)  # rank 5
@@ -95,3 +108,16 @@ def test_a_start_without_the_wanted_directions_still_finds_them() -> None:
     A = spectrum.matrix()
     lowest = torch.linalg.eigh(A)[1][:, :20]
     check_solution(eigsh(Spy(A), K, solver=Lanczos(), start=lowest), A, K)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ratio", "multiplicity"), [(0.9, 10), (0.95, 20)])
+@pytest.mark.parametrize("solver", [Lanczos(), Lanczos(block_size=8), LOBPCG()], ids=repr)
+def test_more_copies_than_columns_in_a_block_are_found(solver: Solver, ratio: float, multiplicity: int) -> None:
+    values = (ratio ** torch.arange(400, dtype=torch.float64)).repeat_interleave(multiplicity)[:400]
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        Q = torch.linalg.qr(torch.randn(400, 400, generator=generator, dtype=torch.float64))[0]
+        A = (Q * values) @ Q.mT
+        A = (A + A.mT) / 2
+        check_solution(eigsh(A, multiplicity, solver=solver, seed=seed), A, multiplicity)
