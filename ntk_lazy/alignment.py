@@ -11,6 +11,7 @@ from ntk_lazy.errors import ArgumentError, DegenerateError, ShapeError
 from ntk_lazy.estimate import Deflation, Estimate, frobenius_norm, jackknife_error, sample_products
 from ntk_lazy.estimate import trace as exact_trace
 from ntk_lazy.linalg import gram, row_tiles
+from ntk_lazy.precision import ieee_precision
 from ntk_lazy.products import Operator, quadratic_form, rows_of
 from ntk_lazy.rows import Rows
 
@@ -19,6 +20,7 @@ _ENERGY_SLACK = 1e-3
 _SMALLEST_SINE = 1e-5
 
 
+@ieee_precision()
 def relative_energy(pairs: HasVectors | Tensor, phi: Float[Tensor, "*shape"]) -> Float64[Tensor, " k"]:
     """Measure how much of a function lies in the span of the first 1, 2, … k eigenvectors.
 
@@ -61,6 +63,7 @@ def relative_energy(pairs: HasVectors | Tensor, phi: Float[Tensor, "*shape"]) ->
     return energy.clamp(max=1.0)
 
 
+@ieee_precision()
 def kernel_target_alignment(
     K: Operator,
     y: Float[Tensor, "*shape"],
@@ -106,6 +109,7 @@ def kernel_target_alignment(
     return Estimate(value=value, standard_error=abs(value) * norm.relative_error, num_products=spent)
 
 
+@ieee_precision()
 def spectral_position(K: Operator, g: Float[Tensor, "*shape"], *, trace: Estimate | None = None) -> Estimate:
     """Measure how high in the spectrum a loss gradient lies: the eigenvalue it sees, relative to the sum of all.
 
@@ -139,6 +143,7 @@ def spectral_position(K: Operator, g: Float[Tensor, "*shape"], *, trace: Estimat
     return Estimate(value=value, standard_error=abs(value) * total.relative_error, num_products=spent)
 
 
+@ieee_precision()
 def kernel_distance(
     K1: Operator,
     K2: Operator,
@@ -200,6 +205,7 @@ def _cosine_distance(products: Float64[Tensor, "*m 2 2"]) -> Float64[Tensor, "*m
     return 1 - products[..., 0, 1] / norms.prod(-1)
 
 
+@ieee_precision()
 def principal_angles(U: HasVectors | Tensor, V: HasVectors | Tensor) -> Float64[Tensor, " j"]:
     """Measure the angles between two eigenspaces, which do not depend on the basis chosen in either.
 
@@ -231,6 +237,7 @@ def principal_angles(U: HasVectors | Tensor, V: HasVectors | Tensor) -> Float64[
     return torch.where(cosines.square() < 0.5, cosines.acos(), sines.asin())
 
 
+@ieee_precision()
 def subspace_overlap(U: HasVectors | Tensor, V: HasVectors | Tensor) -> float:
     """Measure how much two eigenspaces have in common, between 0 (orthogonal) and 1 (one holds the other).
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from ntk_lazy.columns import Eigenpairs, HasVectors, as_columns, as_directions, span_of
 from ntk_lazy.errors import ArgumentError, DegenerateError, ShapeError
 from ntk_lazy.linalg import column_norms, gram
+from ntk_lazy.precision import ieee_precision
 from ntk_lazy.products import Operator, multiply, quadratic_form, rows_of
 
 LossReduction = Literal["half_mean", "mean", "half_sum", "sum"]
@@ -98,8 +99,7 @@ def stability(
     Source: Kopitkov and Indelman, Neural Spectrum Alignment (ICANN 2020); Cohen et al., Gradient descent on neural
         networks typically occurs at the edge of stability (ICLR 2021): λ_1/N is the sharpness 2/δ is compared to.
     """
-    if not (math.isfinite(lr) and lr > 0):
-        raise ArgumentError(f"lr={lr} must be a positive number.")
+    _check_lr(lr)
     if isinstance(pairs, HasVectors):
         largest = float(pairs.values[0])
         num_rows = pairs.vectors.shape[0]
@@ -122,6 +122,7 @@ def stability(
     )
 
 
+@ieee_precision()
 def first_order_step(
     K: Operator,
     residual: Float[Tensor, "*shape"],
@@ -152,6 +153,7 @@ def first_order_step(
 
     Source: Kopitkov and Indelman, Neural Spectrum Alignment (ICANN 2020), first-order dynamics.
     """
+    _check_lr(lr)
     num_columns = _shape(K)[1]
     m = as_columns(residual, num_columns, name="residual")
     step = -lr * _factor(K, residual, num_columns, reduction, num_examples) * multiply(K, m)
@@ -228,6 +230,7 @@ class InformationFlow:
     loss_decrease: float
 
 
+@ieee_precision()
 def information_flow(
     pairs: Eigenpairs,
     residual: Float[Tensor, "*shape"],
@@ -257,6 +260,7 @@ def information_flow(
 
     Source: Kopitkov and Indelman, Neural Spectrum Alignment (ICANN 2020), spectral form of the dynamics.
     """
+    _check_lr(lr)
     V, rows = span_of(pairs, name="pairs"), rows_of(kernel, name="kernel")
     if V.shape[0] != rows.local:
         raise ShapeError(f"the pairs have {V.shape[0]} rows and the kernel has {rows.local}.")
@@ -288,6 +292,11 @@ def information_flow(
         motion_share=motion_share.clamp(max=1.0),
         loss_decrease=rate * rate / lr * form * scale**2,
     )
+
+
+def _check_lr(lr: float) -> None:
+    if not (math.isfinite(lr) and lr > 0):
+        raise ArgumentError(f"lr={lr} must be a positive number.")
 
 
 def _shape(K: Operator) -> tuple[int, int]:

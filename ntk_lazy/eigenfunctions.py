@@ -108,23 +108,23 @@ def eigenfunctions(pairs: Eigenpairs, K: FactoredKernel) -> Eigenfunctions:
 
 
 @torch.no_grad()
-def kernel_slice(K: FactoredKernel, x0: Any, x: Any) -> Block:
+def kernel_slice(K: FactoredKernel, x0: Any, x_new: Any) -> Block:
     """Evaluate the kernel between one point and many: what a step on that point does to all others.
 
     Args:
         K: A kernel; its parameters and its output mode are used, not its points.
-        x0: One input with its leading dimension, ``(1, …)``; a few are fine too.
-        x: Inputs to evaluate at, N' of them.
+        x0: One input, with or without its leading dimension; a few are fine too.
+        x_new: Inputs to evaluate at, N' of them.
 
     Returns:
         ``K(x, x0)``, shape ``(N' · C, C)`` for one x0 with C outputs: row ``i * C + c``.
 
-    Cost: for each column one reverse-mode sweep over x0 and one forward-mode sweep over x.
+    Cost: for each column one reverse-mode sweep over x0 and one forward-mode sweep over x_new.
 
     Raises:
         NonFiniteError: A value is not finite.
     """
-    rectangle = K.at(x, x0)
+    rectangle = K.at(x_new, x0)
     return multiply(rectangle, torch.eye(rectangle.shape[1], dtype=K.dtype, device=K.device))
 
 

@@ -42,7 +42,7 @@ def ntk(  # noqa: PLR0913  (the front door: each option is one word)
             changed; K follows its parameters. Put it into ``eval()`` mode first if it has dropout or batch-norm.
             Half-precision parameters are copied to float32, exactly, and K stays with the copy.
         x1: Inputs of the rows, N examples: any dtype, token ids included.
-        x2: Inputs of the columns; None makes K square, on ``x1``.
+        x2: Inputs of the columns; None, or ``x1`` itself, makes K square, on ``x1``.
         params: Which parameters make up J: None for all (frozen ones too), names or glob patterns, or a predicate on
             ``(name, parameter)``. For a plain function, the mapping of its tensors.
         outputs: ``"full"`` (``n = N*C`` rows, row ``i*C + c``), ``"trace"`` (``1/C sum_c K_cc``, N rows), ``"sum"``
@@ -71,6 +71,7 @@ def ntk(  # noqa: PLR0913  (the front door: each option is one word)
         Kopitkov and Indelman, arXiv 1910.08720, and Mohamadi et al., arXiv 2206.12543.
     """
     functional = _functional(model, params, output_fn)
+    x2 = None if x2 is x1 else x2
     probes = Probes.of(x1, input_dims=input_dims)
     others = None if x2 is None else Probes.of(x2, input_dims=probes.input_dims if input_dims is None else input_dims)
     for each in (probes, others):
@@ -78,7 +79,9 @@ def ntk(  # noqa: PLR0913  (the front door: each option is one word)
             _check_inputs(each, functional)
     flat = probes.inputs.reshape(-1, *probes.inputs.shape[probes.inputs.ndim - probes.input_dims :])
     preflight = check(functional, flat[:_PREFLIGHT_EXAMPLES])
-    layout = OutputLayout(outputs, preflight.num_outputs)
+    if others is not None:
+        _check_columns(functional, others, preflight.num_outputs)
+    layout = OutputLayout(outputs if isinstance(outputs, str | bool) else _as_int(outputs), preflight.num_outputs)
     budget = parse_budget(memory_budget, functional.device)
     settings = EngineSettings(
         engine=engine,
@@ -101,6 +104,8 @@ def _functional(model: Any, params: Any, output_fn: OutputFunction | None) -> Fu
         if params is not None or output_fn is not None:
             raise ArgumentError("a FunctionalModel has its own params and output_fn; give them when you make it.")
         return model
+    if output_fn is not None and not callable(output_fn):
+        raise ArgumentError(f"output_fn must be a function of what the model returns, not {type(output_fn).__name__}.")
     if isinstance(model, nn.Module):
         if isinstance(params, Mapping):
             raise ArgumentError("params chooses among a module's parameters by name; a mapping serves plain functions.")
@@ -110,6 +115,20 @@ def _functional(model: Any, params: Any, output_fn: OutputFunction | None) -> Fu
     if not isinstance(params, Mapping):
         raise ArgumentError("a plain function f(params, x) needs params={'name': tensor, ...}.")
     return FunctionalModel.from_function(model, params, output_fn=output_fn)
+
+
+def _as_int(outputs: Any) -> Any:
+    """Make an int of every kind of integer; leave anything else to be refused."""
+    return int(outputs) if hasattr(outputs, "__index__") else outputs
+
+
+def _check_columns(model: FunctionalModel, probes: Probes, num_outputs: int) -> None:
+    """Run the second inputs through the model once: an error of the model now is better than in a product."""
+    flat = probes.inputs.reshape(-1, *probes.inputs.shape[probes.inputs.ndim - probes.input_dims :])
+    with torch.no_grad(), torch.random.fork_rng(devices=[flat.device] if flat.is_cuda else []):
+        found = model(model.params, flat[:1]).shape[1]
+    if found != num_outputs:
+        raise ShapeError(f"the model has {num_outputs} outputs for an example of x1, but {found} for one of x2.")
 
 
 def _check_inputs(probes: Probes, model: FunctionalModel) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Self, TypeAlias, TypeVar, final
@@ -44,7 +44,7 @@ class ModelCall:
     those on all that it holds, and would move the user's module.
     """
 
-    __slots__ = ("_function", "_has_weight_norm", "_module", "_output_fn")
+    __slots__ = ("_aliases", "_function", "_has_weight_norm", "_module", "_output_fn")
 
     def __init__(
         self,
@@ -57,6 +57,7 @@ class ModelCall:
         self._function = function
         self._output_fn = output_fn
         self._has_weight_norm = module is not None and has_weight_norm(module)
+        self._aliases = {} if module is None else _aliases(module)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self
@@ -82,10 +83,29 @@ class ModelCall:
             return finish(self._function(tensors, x))
         written_out = differentiable_weight_norm() if self._has_weight_norm else nullcontext()
         with attributes_kept(self._module), written_out:
+            tensors = tensors | {name: tensors[first] for name, first in self._aliases.items() if first in tensors}
             if then is None:
-                return finish(functional_call(self._module, tensors, (x,), tie_weights=True))
+                return finish(functional_call(self._module, tensors, (x,), tie_weights=False))
             held = {f"module.{name}": tensor for name, tensor in tensors.items()}
-            return functional_call(_Holding(self._module), held, (x, finish), tie_weights=True)
+            return functional_call(_Holding(self._module), held, (x, finish), tie_weights=False)
+
+
+def _aliases(module: nn.Module) -> dict[str, str]:
+    """Map the other names of tied tensors to their first, each place in a module once.
+
+    ``functional_call`` finds ties itself, but a module that is registered under two names gets its tensors twice
+    from it, and is left with those of the first exchange.
+    """
+    first: dict[int, str] = {}
+    aliases: dict[str, str] = {}
+    for prefix, inner in module.named_modules():
+        own = [*inner.named_parameters(recurse=False, remove_duplicate=False)]
+        own += inner.named_buffers(recurse=False, remove_duplicate=False)
+        for attribute, tensor in own:
+            name = f"{prefix}.{attribute}" if prefix else attribute
+            if first.setdefault(id(tensor), name) != name:
+                aliases[name] = first[id(tensor)]
+    return aliases
 
 
 @contextmanager
@@ -296,7 +316,9 @@ def _choose(named: Mapping[str, Tensor], params: ParameterChoice) -> list[str]:
     elif callable(params):
         chosen = [n for n, t in real.items() if params(n, t)]
     else:
-        patterns = [params] if isinstance(params, str) else list(params)
+        patterns = [params] if isinstance(params, str) else list(params) if isinstance(params, Iterable) else [params]
+        if not all(isinstance(pattern, str) for pattern in patterns):
+            raise ArgumentError("params: give names or glob patterns, a predicate on (name, parameter), or None.")
         chosen = []
         for pattern in patterns:
             found = [n for n in real if n == pattern or fnmatch.fnmatchcase(n, pattern)]

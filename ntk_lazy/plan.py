@@ -37,6 +37,8 @@ class EngineSettings:
     def __post_init__(self) -> None:
         if self.engine not in ("auto", "autodiff"):
             raise ArgumentError(f"engine must be 'auto' or 'autodiff', not {self.engine!r}.")
+        if self.max_dense_bytes < 0:
+            raise ArgumentError(f"max_dense_bytes must not be negative, as {self.max_dense_bytes} is.")
 
     def build(self, model: FunctionalModel, layout: OutputLayout, preflight: Preflight) -> Engine:
         """Build the engine for a model that has passed its preflight."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from dataclasses import dataclass
 from typing import Self, final
 
@@ -22,11 +23,23 @@ class Probes:
 
     Attributes:
         inputs: The data, of any dtype; a memory-mapped array is read as it is needed.
-        input_dims: Trailing dimensions of one example: 3 for images, 1 for feature vectors, 0 for scalars.
+        input_dims: Trailing dimensions of one example: 3 for images, 1 for feature vectors, 0 for scalars. Left out,
+            all dimensions but the first.
     """
 
     inputs: Tensor
-    input_dims: int
+    input_dims: int = -1
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.inputs, Tensor):
+            raise ShapeError(f"inputs must be a Tensor, not {type(self.inputs).__name__}; Probes.of reads arrays.")
+        if self.input_dims == -1:
+            object.__setattr__(self, "input_dims", self.inputs.ndim - 1)
+        if not 0 <= self.input_dims <= self.inputs.ndim - 1:
+            raise ShapeError(
+                f"inputs of shape {tuple(self.inputs.shape)} cannot have {self.input_dims} dimensions for one example: "
+                "one more is needed to count the examples."
+            )
 
     @classmethod
     def of(cls, data: Tensor | np.ndarray | Probes, *, input_dims: int | None = None) -> Self | Probes:
@@ -38,17 +51,12 @@ class Probes:
         if isinstance(data, Probes):
             return data if input_dims in (None, data.input_dims) else cls.of(data.inputs, input_dims=input_dims)
         if isinstance(data, np.ndarray):
-            # A read-only map is fine: nothing here writes to inputs.
-            data = torch.from_numpy(data) if data.flags.writeable else torch.from_numpy(_writeable_view(data))
+            data = _as_tensor(data)
         if not isinstance(data, Tensor):
             raise ShapeError(f"inputs must be a Tensor, a numpy array or Probes, not {type(data).__name__}.")
-        dims = data.ndim - 1 if input_dims is None else input_dims
-        if not 0 <= dims <= data.ndim - 1:
-            raise ShapeError(
-                f"inputs of shape {tuple(data.shape)} cannot have {dims} dimensions for one example: "
-                "one more is needed to count the examples."
-            )
-        return cls(inputs=data, input_dims=dims)
+        if input_dims is not None and (not isinstance(input_dims, int) or input_dims < 0):
+            raise ShapeError(f"input_dims must be a count of dimensions or None, not {input_dims!r}.")
+        return cls(data, -1 if input_dims is None else input_dims)
 
     @property
     def num_examples(self) -> int:
@@ -85,8 +93,11 @@ class Probes:
         return digest.hexdigest()[:16]
 
 
-def _writeable_view(data: np.ndarray) -> np.ndarray:
-    """View read-only memory as torch wants it; torch has no read-only tensors and would warn."""
-    if isinstance(data, np.memmap) and data.filename is not None:
-        return np.memmap(data.filename, dtype=data.dtype, mode="c", offset=data.offset, shape=data.shape)
-    return data.copy()
+def _as_tensor(data: np.ndarray) -> Tensor:
+    """View an array as a tensor; a memory map stays on disk. What torch cannot view is copied."""
+    if any(stride < 0 for stride in data.strides) or not data.dtype.isnative:
+        data = np.ascontiguousarray(data, dtype=data.dtype.newbyteorder("="))
+    with warnings.catch_warnings():
+        # torch has no read-only tensors and warns of writing to one; nothing here writes to inputs.
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(data)

@@ -34,11 +34,11 @@ def parse_budget(budget: int | float | str | None, device: torch.device) -> int:
     if budget is None:
         return int(free_bytes(device) * _SHARE_OF_FREE_MEMORY)
     if isinstance(budget, str):
-        found = re.fullmatch(r"\s*([\d.]+)\s*([kmgt]?i?)b?\s*", budget.lower())
+        found = re.fullmatch(r"\s*(\d+\.?\d*(?:e\d+)?)\s*([kmgt]?i?)b?\s*", budget.lower())
         if found is None or found[2] not in _UNITS:
             raise ArgumentError(f"memory_budget={budget!r} is not a size; write bytes, or '4GB', or '512MiB'.")
         budget = float(found[1]) * _UNITS[found[2]]
-    if not budget > 0:
+    if isinstance(budget, bool) or not isinstance(budget, int | float) or not budget > 0:
         raise ArgumentError(f"memory_budget must be positive, not {budget!r}.")
     return int(budget)
 
@@ -81,8 +81,8 @@ class ChunkRule:
     chunk_size: int | None = None
 
     def __post_init__(self) -> None:
-        if self.chunk_size is not None and self.chunk_size < 1:
-            raise ArgumentError(f"chunk_size must be at least 1, not {self.chunk_size}.")
+        if self.chunk_size is not None and (not isinstance(self.chunk_size, int) or self.chunk_size < 1):
+            raise ArgumentError(f"chunk_size must be an int of at least 1, not {self.chunk_size!r}.")
 
     def held(self, examples: int, columns: int) -> int:
         """Bytes of one chunk, with what allocators and kernels take for themselves."""

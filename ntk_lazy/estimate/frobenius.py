@@ -17,6 +17,7 @@ from ntk_lazy.columns import Eigenpairs
 from ntk_lazy.errors import ArgumentError, ShapeError
 from ntk_lazy.estimate.result import Estimate, error_of_mean
 from ntk_lazy.linalg import column_norms, combine, orthonormalise, project_out_
+from ntk_lazy.precision import ieee_precision
 from ntk_lazy.products import Operator, multiply, rows_of
 from ntk_lazy.rows import Rows
 from ntk_lazy.shapes import Block
@@ -62,6 +63,7 @@ class ProductSamples:
     num_products: int
 
 
+@ieee_precision()
 def frobenius_norm(
     A: Operator,
     *,
@@ -115,6 +117,7 @@ def frobenius_norm(
     return Estimate(value=value, standard_error=error, num_products=num_products)
 
 
+@ieee_precision()
 def sample_products(
     operators: Sequence[Operator],
     *,

@@ -11,6 +11,7 @@ from torch import Tensor
 from ntk_lazy.errors import ArgumentError
 from ntk_lazy.estimate.result import Estimate
 from ntk_lazy.linalg import gram
+from ntk_lazy.precision import ieee_precision
 from ntk_lazy.products import Operator, diagonal_of, multiply, rows_of
 from ntk_lazy.rows import Rows
 
@@ -19,6 +20,7 @@ _SHIFT = 20
 _SMALLEST_SHIFT = 1e-8
 
 
+@ieee_precision()
 def trace(
     A: Operator,
     *,

@@ -7,11 +7,13 @@ from torch import Tensor
 
 from ntk_lazy.engines.contract import Engine
 from ntk_lazy.operator.side import Side
+from ntk_lazy.precision import ieee_precision
 
 # One product gives a whole row of K for the price of a few rows of J: past this share of wanted entries it is cheaper.
 _BLOCK_SHARE = 0.25
 
 
+@ieee_precision()
 def entries(engine: Engine, side1: Side, side2: Side, rows: Tensor, cols: Tensor) -> Tensor:
     """Compute ``K[rows, cols]`` for index vectors of equal length.
 
@@ -31,6 +33,7 @@ def entries(engine: Engine, side1: Side, side2: Side, rows: Tensor, cols: Tensor
     return block[row_place, col_place]
 
 
+@ieee_precision()
 def paired_entries(engine: Engine, side1: Side, side2: Side, rows: Tensor, cols: Tensor) -> Tensor:
     """Compute ``K[rows, cols]`` pair by pair, as inner products of rows of J; the way to a diagonal.
 
@@ -56,6 +59,7 @@ def paired_entries(engine: Engine, side1: Side, side2: Side, rows: Tensor, cols:
     return found[places.argsort()]
 
 
+@ieee_precision()
 def dense(engine: Engine, side1: Side, side2: Side, *, is_symmetric: bool) -> Tensor:
     """Write down all of K, tile by tile; the lower tiles of a symmetric K are mirrored. Builds no graph."""
     r, num_features = side1.rows_per_example, engine.num_features
