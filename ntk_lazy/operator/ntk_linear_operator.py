@@ -183,12 +183,9 @@ class NTKLinearOperator(LinearOperator):  # type: ignore[misc]  # linear_operato
     def linearised(self) -> AbstractContextManager[None]:
         """Keep the forward passes of the model between the products that are made within this context.
 
-        Half of the memory budget goes to what is kept, and as many chunks are kept as fit; nothing is where the budget
-        is scarce. ``eigsh`` does this itself.
-        The gain is one forward pass of each product: most for single columns, little for wide blocks
-        (``benchmarks/products.py``).
-
-        The parameters and the inputs must not change within the context: products would not notice.
+        Half of the memory budget goes to the chunks that are kept; nothing is kept where the budget is scarce. ``eigsh``
+        does this itself. It saves one forward pass a product, which shows for single columns (``benchmarks/products.py``).
+        Parameters and inputs must not change within the context: products would not notice.
         """
         return self._gramian.engine.linearised()
 
