@@ -183,9 +183,9 @@ class NTKLinearOperator(LinearOperator):  # type: ignore[misc]  # linear_operato
     def linearised(self) -> AbstractContextManager[None]:
         """Keep the forward passes of the model between the products that are made within this context.
 
-        Half of the memory budget goes to the chunks that are kept; nothing is kept where the budget is scarce. ``eigsh``
-        does this itself. It saves one forward pass a product, which shows for single columns (``benchmarks/products.py``).
-        Parameters and inputs must not change within the context: products would not notice.
+        Half of the memory budget goes to the chunks that are kept; nothing is kept where the budget is scarce.
+        ``eigsh`` does this itself. One forward pass a product is saved: see ``benchmarks/products.py``. Parameters and
+        inputs must not change within the context: products would not notice.
         """
         return self._gramian.engine.linearised()
 
