@@ -17,9 +17,12 @@ from ntk_lazy.errors import ArgumentError
 from ntk_lazy.linalg import column_norms, combine, gram, rayleigh_ritz
 from ntk_lazy.shapes import Block
 
-_AUDIT_COLUMNS = {torch.float32: 8, torch.float64: 1}
+_NUM_GROUPS = {torch.float32: 4, torch.float64: 1}
+_NUM_DRAWS = {torch.float32: 2, torch.float64: 1}
 # Rounding of float64 stays far below any sensible tolerance: one column is enough to see that the operator still
-# is what it was. That of float32 differs from pair to pair and must be told apart by size of the value.
+# is what it was. That of float32 differs from pair to pair and must be told apart by size of the value. It leaks
+# onto few eigenvectors, so that a single sum may cancel by chance, and pairs scatter about the mean of their group.
+_SCATTER = 1.5
 
 
 @dataclass(frozen=True)
@@ -76,10 +79,9 @@ def certify(
     doubtful = torch.ones(k, dtype=torch.bool)
     is_measured = False
     if k > fresh_width:
-        if not product.affords(_AUDIT_COLUMNS[X.dtype]):
+        if not product.affords(_NUM_GROUPS[X.dtype] * _NUM_DRAWS[X.dtype]):
             return CertifiedPairs(theta, X, residuals, noise, is_measured)
-        floor = criterion.noise_floor * pairs.spread
-        noise = _audit(theta, coefficients, X, floor, method=method, product=product, draw=draw)
+        noise = _audit(theta, coefficients, X, method=method, product=product, draw=draw)
         is_measured = True
         residuals = torch.hypot(residuals, noise)
         doubtful = ~criterion.met(theta, residuals, pairs.spread)
@@ -126,37 +128,31 @@ def _audit(
     theta: Tensor,
     coefficients: Tensor,
     X: Block,
-    floor: float,
     *,
     method: Iteration,
     product: Product,
     draw: RandomColumns,
 ) -> Tensor:
-    """Measure, group by group, how far fresh products are from those of the search, relative to the values.
+    """Measure, group by group, how far fresh products are from those of the search.
 
-    Each column of the audit is a sum with random signs over pairs of similar size, each divided by its value, so
-    that the expected square of the difference is the sum of the relative squares of its members.
+    Each column of the audit is a sum with random signs over pairs of neighbouring values, so that the expected square
+    of the difference is the sum of the squares of its members. What rounding leaks onto the largest eigenvector
+    falls little from pair to pair; a group of half a decade of pairs has one size of it.
     """
     k = theta.numel()
-    size = theta.abs().clamp_min(max(floor, torch.finfo(torch.float64).tiny))
     # Groups that grow like a geometric series: the leading values fall fastest.
-    num_groups = min(k, _AUDIT_COLUMNS[X.dtype])
+    num_groups, num_draws = min(k, _NUM_GROUPS[X.dtype]), _NUM_DRAWS[X.dtype]
     ends = sorted({round(k ** ((i + 1) / num_groups)) for i in range(num_groups)})
     groups = torch.arange(k).tensor_split(ends[:-1])
-    signs = draw.mixing(k, 1).sign().flatten()
-    S = torch.zeros(k, len(groups), dtype=torch.float64)
-    smallest = torch.empty(len(groups), dtype=torch.float64)
-    for column, members in enumerate(groups):
-        smallest[column] = size[members].min()
-        S[members, column] = signs[members] * smallest[column] / size[members]
-    U = combine(X, S)
-    fresh = product(U)
-    relative = column_norms(fresh - method.combine_images(coefficients @ S), rows=product.rows) / smallest
+    signs = draw.mixing(k, num_draws).sign()
+    S = torch.zeros(k, len(groups), num_draws, dtype=torch.float64)
+    for index, members in enumerate(groups):
+        S[members, index] = signs[members]
+    S = S.flatten(1)
+    fresh = product(combine(X, S))
+    norms = column_norms(fresh - method.combine_images(coefficients @ S), rows=product.rows)
+    whole = norms.view(len(groups), num_draws).square().mean(dim=1).sqrt()
     noise = torch.empty_like(theta)
-    for column, members in enumerate(groups):
-        each = relative[column] / len(members) ** 0.5 * size[members]
-        # Members much larger than the smallest hardly count in the sum; what is rounding as a whole is bounded by the
-        # noise floor for each of them. A larger difference is no rounding, and stands.
-        is_rounding = relative[column] * smallest[column] <= floor
-        noise[members] = each.clamp_max(floor) if is_rounding else each
+    for index, members in enumerate(groups):
+        noise[members] = _SCATTER * whole[index] / len(members) ** 0.5
     return noise

@@ -59,7 +59,14 @@ class DenseSpectrum:
         # The residual of what is handed out, which is rounded to the dtype of the operator.
         rounded = U.to(operator.dtype).double()
         residuals = (self._matrix @ rounded - rounded * theta).norm(dim=0)
-        return RitzPairs(theta=theta, coefficients=U, residuals=residuals, spread=spread, asymmetry=asymmetry)
+        return RitzPairs(
+            theta=theta,
+            coefficients=U,
+            residuals=residuals,
+            removable=torch.zeros_like(residuals),
+            spread=spread,
+            asymmetry=asymmetry,
+        )
 
     def space(self) -> Space:
         """Everything, in the coordinates of the rows."""

@@ -23,6 +23,8 @@ _BLOCKS_IN_FLIGHT = 6  # the copy that goes in, what comes back, its scaled copy
 _ROUNDING_SHARE = 0.9  # of the tolerance: what rounding may take for the search to be able to do the rest
 _SLACK = 0.25  # of the tolerance: a value that a probe raises by more belonged to another eigenvalue
 _STRICTEST = 0.2  # of the tolerance: where a search stops making room for rounding
+_NEIGHBOUR = 4.0  # tolerances: the first value that is not wanted, so near the last wanted one, may be mistaken for it
+_AT_A_NEIGHBOUR = 0.25  # of the tolerance: what a search goes on to where the two could be mistaken
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +108,10 @@ class Search:
             is_stuck = self.method.is_exhaustive or (not watch.sees_progress(excess) and self._is_rounding(pairs))
             if excess > 0 and not is_stuck:
                 continue
+            if not is_stuck and (goal := self._goal(pairs)) < self.search_rtol:
+                self._tighten(goal)
+                if self.method.next_width:
+                    continue
             if self._may_have_missed(pairs):
                 watch = _Watch()
                 continue
@@ -119,21 +125,43 @@ class Search:
         return self._conclude(pairs, found or self._nothing(), status or "max_products")
 
     def _excess(self, pairs: RitzPairs) -> float:
-        """Sum the orders by which residuals exceed tolerances; zero if none does, infinite while pairs are missing."""
+        """Sum the orders by which removable residuals exceed tolerances: zero if none does, infinite if pairs lack."""
         k = self.task.num_wanted
         if pairs.theta.numel() < k:
             return float("inf")
         criterion = Criterion(rtol=self.search_rtol, noise_floor=self.product.noise_floor)
         allowed = criterion.tolerances(pairs.theta[:k], pairs.spread)
-        above = pairs.residuals[:k] > allowed
+        above = pairs.removable[:k] > allowed
         tiny = torch.finfo(torch.float64).tiny
-        return float((pairs.residuals[:k] / allowed.clamp_min(tiny))[above].log10().sum())
+        return float((pairs.removable[:k] / allowed.clamp_min(tiny))[above].log10().sum())
+
+    def _goal(self, pairs: RitzPairs) -> float:
+        """Tolerance that a search reaches before its pairs are probed and certified.
+
+        A plateau of values a tolerance apart lets a search take the wrong one of two for the last: its residual is
+        within the tolerance of both. And where a tolerance is below one unit of rounding, half of it is left for that.
+        """
+        k, rtol = self.task.num_wanted, self.task.rtol
+        last, floor = abs(float(pairs.theta[k - 1])), self.product.noise_floor * pairs.spread
+        following = abs(float(pairs.theta[k])) if pairs.theta.numel() > k else 0.0
+        if last - following < _NEIGHBOUR * rtol * last:
+            return _AT_A_NEIGHBOUR * rtol
+        return rtol / 2 if rtol * last < self._unit(pairs) and last > floor else rtol
+
+    def _tighten(self, rtol: float) -> None:
+        """Aim at a smaller tolerance from now on."""
+        self.search_rtol = rtol
+        self.method.tighten(rtol)
 
     def _is_rounding(self, pairs: RitzPairs) -> bool:
-        """Whether every residual is of the size of rounding."""
+        """Whether all that exceeds a tolerance is of the size of rounding."""
         k = self.task.num_wanted
-        size = float(torch.finfo(self.draw.dtype).eps) * pairs.spread
-        return pairs.theta.numel() >= k and bool((pairs.residuals[:k] <= size).all())
+        met = self.criterion.met(pairs.theta[:k], pairs.removable[:k], pairs.spread)
+        return pairs.theta.numel() >= k and bool((met | (pairs.removable[:k] <= self._unit(pairs))).all())
+
+    def _unit(self, pairs: RitzPairs) -> float:
+        """One unit of rounding of the largest value."""
+        return float(torch.finfo(self.draw.dtype).eps) * pairs.spread
 
     def _may_have_missed(self, pairs: RitzPairs) -> bool:
         """Probe for missed eigenvalues; whatever is found joins the space. A clean probe is not repeated."""
@@ -151,7 +179,7 @@ class Search:
             self.method.space(),
             pairs.theta[: task.num_wanted],
             slack=_SLACK * task.rtol,
-            noise=float(torch.finfo(self.draw.dtype).eps) * pairs.spread,
+            noise=self._unit(pairs),
             probe=probe,
             product=self.product,
             draw=self.draw,
@@ -197,8 +225,7 @@ class Search:
         has_room = bool((found.noise / 2**0.5 <= _ROUNDING_SHARE * allowed)[~met].all())
         if self.method.is_exhaustive or not has_room or self.search_rtol < _STRICTEST * self.task.rtol:
             return "noise_floor"
-        self.search_rtol /= 2
-        self.method.tighten(self.search_rtol)
+        self._tighten(self.search_rtol / 2)
         return None
 
     def _conclude(self, pairs: RitzPairs | None, found: CertifiedPairs, status: Status) -> EigenResult:

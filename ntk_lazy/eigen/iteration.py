@@ -19,6 +19,8 @@ class RitzPairs:
         theta: Ritz values ``(j,)``.
         coefficients: ``(m, j)``: the vectors in the coordinates of the method's space.
         residuals: ``‖A x − theta x‖`` as the method knows them, without rounding of ``x`` to its dtype.
+        removable: Their part outside the space. The other part is rounding of products already made, which no
+            further step reduces.
         spread: Largest absolute value of a Ritz value, an estimate of the norm of ``A``.
         asymmetry: Largest difference between ``⟨u, Av⟩`` and ``⟨Au, v⟩`` in the space.
     """
@@ -26,6 +28,7 @@ class RitzPairs:
     theta: Float64[Tensor, " j"]
     coefficients: Float64[Tensor, "m j"]
     residuals: Float64[Tensor, " j"]
+    removable: Float64[Tensor, " j"]
     spread: float
     asymmetry: float
 

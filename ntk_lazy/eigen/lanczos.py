@@ -149,9 +149,14 @@ class BlockKrylov:
         theta, Y = theta[:num_pairs], Y[:, :num_pairs]
         Z = self._H @ Y
         Z[:d] -= Y * theta
-        residuals = (Z * (M @ Z)).sum(dim=0).clamp_min(0).sqrt()
-        asymmetry = float((T - T.mT).abs().max())
-        return RitzPairs(theta=theta, coefficients=Y, residuals=residuals, spread=spread, asymmetry=asymmetry)
+        return RitzPairs(
+            theta=theta,
+            coefficients=Y,
+            residuals=(Z * (M @ Z)).sum(dim=0).clamp_min(0).sqrt(),
+            removable=Z[d:].norm(dim=0),
+            spread=spread,
+            asymmetry=float((T - T.mT).abs().max()),
+        )
 
     def _choose_next(self, pairs: RitzPairs) -> None:
         """Turn the pending columns so that those which unfinished pairs need come first, and count them.
@@ -168,7 +173,7 @@ class BlockKrylov:
             return
         floor = self._product.noise_floor
         allowed = Criterion(rtol=self._rtol, noise_floor=floor).tolerances(pairs.theta, pairs.spread)[:k]
-        unfinished = pairs.residuals[:k] > allowed
+        unfinished = pairs.removable[:k] > allowed
         if not bool(unfinished.any()):
             return
         coupling = (self._H[d:] @ pairs.coefficients[:, :k])[:, unfinished] / allowed[unfinished]

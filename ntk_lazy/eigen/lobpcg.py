@@ -103,16 +103,18 @@ class LocallyOptimal:
             self._images.rotate_(rotation)
             kept = torch.eye(self._basis.size, num_kept, dtype=torch.float64)
         theta = theta[:num_kept]
-        residuals = self._defects(theta, kept)
+        defects = self._defects(theta, kept)
+        residuals = column_norms(defects, rows=self._product.rows)
         self._last = RitzPairs(
             theta=theta,
             coefficients=kept,
-            residuals=column_norms(residuals, rows=self._product.rows),
+            residuals=residuals,
+            removable=residuals,
             spread=spread,
             asymmetry=asymmetry,
         )
         self._num_old = num_kept
-        self._choose_residuals(self._last, residuals)
+        self._choose_residuals(self._last, defects)
         return self._last
 
     def space(self) -> Space:

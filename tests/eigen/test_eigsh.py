@@ -33,11 +33,11 @@ def test_a_search_needs_no_more_products_than_the_model_says(spectrum: Spectrum,
     check_solution(pairs, B, k)
     model = 1.75 * k + 5 * b
     assert pairs.cost.search_columns <= 1.1 * model
-    # The probe takes up to 48 products, and in float32 up to eight tell the rounding of large and small pairs apart.
-    assert pairs.cost.columns <= 1.1 * model + 48 + 8
+    # In float32, eight products tell the rounding of large and small pairs apart.
+    assert pairs.cost.columns <= 1.1 * model + (8 if dtype is torch.float32 else 0)
     assert pairs.cost.columns == sum(spy.widths)
     assert pairs.cost.block_calls == len(spy.widths)
-    assert pairs.cost.columns - pairs.cost.search_columns <= 48 + 8
+    assert pairs.cost.columns - pairs.cost.search_columns <= 16 + 8
     assert max(spy.widths) <= b + 1
     assert pairs.cost.peak_bytes <= B.shape[0] * B.itemsize * (2 * k + 12 * b) + 2 * TILE_BYTES
 
@@ -57,7 +57,7 @@ def test_a_search_on_a_kernel_of_a_network_keeps_to_the_model() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("solver", [Lanczos(block_size=16), LOBPCG()], ids=repr)
+@pytest.mark.parametrize("solver", [Lanczos(block_size=16), Lanczos(block_size=4), LOBPCG()], ids=repr)
 def test_float32_resolves_values_of_one_hundred_thousandth(solver: Solver) -> None:
     k, n = 100, 600
     values = [1.0, *(10 ** (-1.5 - 3.5 * (i - 2) / 98) for i in range(2, n + 1))]
@@ -71,13 +71,11 @@ def test_float32_resolves_values_of_one_hundred_thousandth(solver: Solver) -> No
     assert pairs.vectors.dtype is torch.float32
     assert float((X.mT @ X - torch.eye(k)).abs().max()) <= 1e-6
     assert float(((pairs.values - exact) / exact).abs().max()) <= 1e-6
-    assert float((residuals / exact).max()) <= 1e-3
+    assert float((residuals / exact).max()) <= 5e-4
     assert bool(((residuals <= 2 * pairs.residual_norms) & (pairs.residual_norms <= 4 * residuals + 1e-6)).all())
     assert pairs.cost.half_columns == k
-
-    tight = eigsh(operator, k, solver=solver, rtol=4e-4)
-    X = tight.vectors.double()
-    assert float(((J @ (J.mT @ X) - X * tight.values).norm(dim=0) / exact).max()) <= 5e-4
+    # Rounding that no product removes must not keep a search going.
+    assert pairs.cost.search_columns <= (2 if isinstance(solver, Lanczos) else 4) * k
 
 
 def test_half_products_make_values_more_accurate() -> None:

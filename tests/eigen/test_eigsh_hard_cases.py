@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from check_solution import check_solution
-from eigen_cases import Spectrum, Spy, hard_spectra, named_matrices
+from eigen_cases import Spectrum, Spy, hard_spectra, named_matrices, spectrum
 
 from ntk_lazy.eigen import LOBPCG, Dense, Lanczos, Solver, eigsh
 from ntk_lazy.errors import NotConvergedError
+from ntk_lazy.rows import Rows
 
 N, K = 120, 10
 SOLVERS = [Lanczos(), Lanczos(block_size=1), Lanczos(block_size=8, max_basis=32), LOBPCG(), Dense()]
@@ -66,6 +67,43 @@ def test_copies_on_a_slowly_falling_spectrum_are_found_by_narrow_blocks(multipli
         A = (Q * values) @ Q.mT
         A = (A + A.mT) / 2
         check_solution(eigsh(A, K, solver=Lanczos(block_size=block_size), seed=seed), A, K)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("solver", [Lanczos(block_size=8, max_basis=25), Lanczos(block_size=4)], ids=repr)
+@pytest.mark.parametrize("num_steps", [950, 1000])
+def test_neighbours_a_tolerance_apart_are_not_mistaken_at_the_cut(num_steps: int, solver: Solver) -> None:
+    plateau = spectrum("plateau", lambda i: 1 - i / num_steps, 160)
+    for dtype in DTYPES:
+        A = plateau.matrix(dtype)
+        for seed in range(20):
+            check_solution(eigsh(A, 5, solver=solver, seed=seed), A, 5)
+
+
+class Diagonal:
+    """A diagonal operator: random starts make no difference between it and one with any other eigenvectors."""
+
+    num_outputs = 1
+    dtype = torch.float64
+    device = torch.device("cpu")
+
+    def __init__(self, values: torch.Tensor) -> None:
+        self.values = values
+        self.rows = Rows(len(values))
+
+    def matmul(self, V: torch.Tensor) -> torch.Tensor:
+        return self.values[:, None] * V
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("power", [0.3, 0.5])
+def test_copies_above_a_heavy_tail_are_found(power: float) -> None:
+    values = torch.arange(1, 50_001, dtype=torch.float64) ** -power
+    values[5:10] = values[5].item()
+    for seed in range(2):
+        for block_size in (1, 4):
+            pairs = eigsh(Diagonal(values), 10, solver=Lanczos(block_size=block_size), seed=seed)
+            assert pairs.values.tolist() == pytest.approx(values[:10].tolist(), rel=1e-3)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
