@@ -79,6 +79,7 @@ class Search:
     next_seen: float = float("inf")
     check_columns: int = 0
     search_rtol: float = 0.0
+    num_due: int = 0
 
     @property
     def criterion(self) -> Criterion:
@@ -106,7 +107,7 @@ class Search:
             self._tell(pairs)
             excess = self._excess(pairs)
             is_stuck = self.method.is_exhaustive or (not watch.sees_progress(excess) and self._is_rounding(pairs))
-            if excess > 0 and not is_stuck:
+            if (excess > 0 or self.product.num_columns < self.num_due) and not is_stuck:
                 continue
             if not is_stuck and (goal := self._goal(pairs)) < self.search_rtol:
                 self._tighten(goal)
@@ -187,9 +188,12 @@ class Search:
         self.check_columns += verdict.completeness.columns
         self.completeness = verdict.completeness
         self.next_seen = verdict.next_value
-        if verdict.missed is not None:
-            self.method.inject(verdict.missed)
-        return verdict.missed is not None
+        if verdict.missed is None:
+            return False
+        self.method.inject(verdict.missed)
+        # A value that was missed may count as found at once: the others must be multiplied before the next probe.
+        self.num_due = self.product.num_columns + verdict.missed.shape[1]
+        return True
 
     def _certify(self, pairs: RitzPairs) -> CertifiedPairs:
         """Spend fresh products on what the search ended with."""

@@ -119,6 +119,10 @@ def test_a_repeated_eigenvalue_is_complete_whatever_the_block_and_only_thanks_to
     A = spectrum.matrix()
     assert eigsh(A, K, solver=Lanczos(block_size=4), verify=False).values[-1] < 0.5
     assert eigsh(A, K, solver=Lanczos(block_size=4)).values[-1] > 0.999
+    # All that a probe found is multiplied before the next one: three probes find the copies, not one each.
+    pairs = eigsh(A, 24, solver=Lanczos(block_size=1))
+    assert pairs.values[-1] > 0.999
+    assert pairs.cost.columns - pairs.cost.search_columns <= 3 * 48 + 1
 
 
 def test_the_rigorous_probe_states_a_bound_that_holds() -> None:
