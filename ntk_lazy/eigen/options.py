@@ -26,8 +26,8 @@ class Lanczos:
 
     def __post_init__(self) -> None:
         if self.block_size != "timed":
-            _check_positive("block_size", self.block_size)
-        _check_positive("max_basis", self.max_basis)
+            _check_count("block_size", self.block_size)
+        _check_count("max_basis", self.max_basis)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +44,7 @@ class LOBPCG:
     num_guards: int | None = None
 
     def __post_init__(self) -> None:
-        if self.num_guards is not None and self.num_guards < 0:
-            raise ArgumentError(f"num_guards is {self.num_guards}; it must not be negative.")
+        _check_count("num_guards", self.num_guards, least=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,13 +58,13 @@ class Dense:
     block_size: int | None = None
 
     def __post_init__(self) -> None:
-        _check_positive("block_size", self.block_size)
+        _check_count("block_size", self.block_size)
 
 
 Solver = Lanczos | LOBPCG | Dense
 
 
-def _check_positive(name: str, value: int | str | None) -> None:
-    """Refuse zero, negative numbers and what is no integer."""
-    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-        raise ArgumentError(f"{name} is {value!r}; it must be a positive integer or None.")
+def _check_count(name: str, value: int | str | None, *, least: int = 1) -> None:
+    """Refuse numbers that are too small and what is no integer."""
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+        raise ArgumentError(f"{name} is {value!r}; it must be an integer of at least {least}, or None.")

@@ -9,6 +9,14 @@ from typing import Literal
 import numpy as np
 from torch import Tensor
 
+from ntk_lazy.eigen.arguments import (
+    as_seed,
+    as_tolerance,
+    check_choices,
+    check_counts,
+    check_progress,
+    check_solver,
+)
 from ntk_lazy.eigen.block_size import block_size, typical_products
 from ntk_lazy.eigen.contract import Linearised, SymmetricOperator, as_symmetric_operator
 from ntk_lazy.eigen.dense import DenseSpectrum
@@ -21,7 +29,7 @@ from ntk_lazy.eigen.product import Product
 from ntk_lazy.eigen.progress import Callback, progress_display
 from ntk_lazy.eigen.random_columns import RandomColumns
 from ntk_lazy.eigen.result import EigenResult
-from ntk_lazy.eigen.start import NUM_FRESH, start_block
+from ntk_lazy.eigen.start import NUM_FRESH, check_start, start_block
 from ntk_lazy.eigen.verify import Verify
 from ntk_lazy.errors import ArgumentError, NotConvergedError
 from ntk_lazy.precision import ieee_precision
@@ -83,9 +91,13 @@ def eigsh(  # noqa: PLR0913 - the public signature is fixed by the design
     operator = as_symmetric_operator(A)
     n = operator.rows.total
     k = int(k) if isinstance(k, np.integer) else k
-    _check_arguments(k, n, rtol=rtol, max_products=max_products)
-    _check_choices(solver, verify, on_unconverged)
+    check_counts(k, n, max_products=max_products)
+    check_choices(verify, on_unconverged)
+    check_solver(solver)
+    check_progress(progress)
+    rtol, seed = as_tolerance(rtol), as_seed(seed)
     draw = RandomColumns(operator.rows, seed=seed, dtype=operator.dtype, device=operator.device)
+    check_start(start, draw=draw)
     num_outputs = _num_outputs(operator)
     chosen = _choose(k, n, num_outputs) if solver == "auto" else solver
     limit = max_products or _generous_limit(chosen, n, typical_products(k, num_outputs))
@@ -106,28 +118,6 @@ def eigsh(  # noqa: PLR0913 - the public signature is fixed by the design
     if result.status != "converged" and on_unconverged == "raise":
         raise NotConvergedError(_explain(result, k, limit), result=result)
     return result
-
-
-def _check_arguments(k: int, n: int, *, rtol: float, max_products: int | None) -> None:
-    """Refuse numbers that cannot be meant, before a product is spent."""
-    if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= n:
-        raise ArgumentError(f"k is {k!r}; an operator with {n} rows has 1 to {n} eigenpairs.")
-    if not 0 < rtol < 1:
-        raise ArgumentError(f"rtol is {rtol!r}; it is relative to each eigenvalue and lies between 0 and 1.")
-    if max_products is not None and (not isinstance(max_products, int) or max_products < 1):
-        raise ArgumentError(
-            f"max_products is {max_products!r}; it is a count, and nothing can be found without a product."
-        )
-
-
-def _check_choices(solver: object, verify: object, on_unconverged: object) -> None:
-    """Refuse names that do not exist."""
-    if solver != "auto" and not isinstance(solver, Solver):
-        raise ArgumentError(f"solver is {solver!r}; it is 'auto', Lanczos(...), LOBPCG(...) or Dense(...).")
-    if verify is not False and verify not in ("fast", "rigorous"):
-        raise ArgumentError(f"verify is {verify!r}; it is 'fast', 'rigorous' or False.")
-    if on_unconverged not in ("raise", "return"):
-        raise ArgumentError(f"on_unconverged is {on_unconverged!r}; it is 'raise' or 'return'.")
 
 
 def _generous_limit(solver: Solver, n: int, typical: float) -> int:

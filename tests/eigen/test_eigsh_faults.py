@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from check_solution import check_solution
@@ -11,7 +13,7 @@ from eigen_cases import Spy, haar, spectrum
 from linear_operator.operators import DenseLinearOperator, MatmulLinearOperator
 from torch import Tensor
 
-from ntk_lazy.eigen import LOBPCG, Dense, Lanczos, Solver, eigsh
+from ntk_lazy.eigen import LOBPCG, Dense, EigenResult, Lanczos, Solver, eigsh
 from ntk_lazy.errors import ArgumentError, NonFiniteError, NotConvergedError, ShapeError
 
 N, K = 300, 6
@@ -142,15 +144,19 @@ def test_what_is_no_symmetric_matrix_is_refused(B: object, error: type[Exception
         ({"rtol": 0.0}, "rtol"),
         ({"rtol": 1.0}, "rtol"),
         ({"rtol": float("nan")}, "rtol"),
+        ({"rtol": "a"}, "rtol is 'a'"),
+        ({"rtol": None}, "rtol is None"),
+        ({"seed": "x"}, "seed is 'x'"),
+        ({"seed": 1.5}, "seed is 1.5"),
+        ({"seed": None}, "seed is None"),
+        ({"progress": "x"}, "progress is 'x'"),
+        ({"progress": None}, "progress is None"),
         ({"max_products": 0}, "max_products"),
         ({"verify": "slow"}, "verify"),
         ({"verify": True}, "verify"),
         ({"on_unconverged": "ignore"}, "on_unconverged"),
         ({"solver": "arpack"}, "solver"),
         ({"solver": Lanczos(max_basis=10, block_size=8)}, "max_basis"),
-        ({"start": torch.zeros(N + 1, 2)}, "start"),
-        ({"start": torch.zeros(N)}, "start"),
-        ({"start": torch.zeros(N, 2).fill_(float("nan"))}, "start"),
     ],
     ids=str,
 )
@@ -161,6 +167,32 @@ def test_an_argument_that_cannot_be_meant_costs_no_product(arguments: dict[str, 
     assert spy.widths == []
 
 
+@pytest.mark.parametrize("solver", [*SOLVERS, Lanczos(block_size="timed")], ids=repr)
+@pytest.mark.parametrize(
+    ("start", "message"),
+    [
+        (torch.zeros(N + 1, 2), rf"shape \({N + 1}, 2\)"),
+        (torch.zeros(N), rf"shape \({N},\)"),
+        (torch.zeros(N, 2).fill_(float("nan")), "NaN"),
+        (np.zeros((N, 2)), "from_numpy"),
+    ],
+    ids=["other rows", "one dimension", "NaN", "an array"],
+)
+def test_a_start_that_cannot_be_meant_is_refused_by_every_solver(start: object, message: str, solver: Solver) -> None:
+    spy = Spy(A)
+    with pytest.raises(ArgumentError, match=message):
+        eigsh(spy, K, solver=solver, start=start)  # type: ignore[arg-type]
+    assert spy.widths == []
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path: Path) -> None:
+    expected = eigsh(A, K, seed=3, rtol=0.25)
+    pairs = eigsh(A, np.int64(K), seed=np.int64(3), rtol=np.float32(0.25))
+    assert torch.equal(pairs.vectors, expected.vectors)
+    pairs.save(tmp_path / "pairs.safetensors")
+    assert EigenResult.load(tmp_path / "pairs.safetensors").seed == 3
+
+
 @pytest.mark.parametrize(
     "build",
     [
@@ -169,6 +201,8 @@ def test_an_argument_that_cannot_be_meant_costs_no_product(arguments: dict[str, 
         lambda: Lanczos(block_size=True),
         lambda: Lanczos(max_basis=-1),
         lambda: LOBPCG(num_guards=-1),
+        lambda: LOBPCG(num_guards=1.5),  # type: ignore[arg-type]
+        lambda: LOBPCG(num_guards=True),
         lambda: Dense(block_size=0),
     ],
 )
