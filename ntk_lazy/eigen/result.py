@@ -129,7 +129,14 @@ class EigenResult:
         return "\n".join(lines)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write tensors and metadata to one safetensors file; it appears whole or not at all."""
+        """Write tensors and metadata to one safetensors file; it appears whole or not at all.
+
+        Raises:
+            FileNotFoundError: There is no folder to write it into.
+        """
+        target = Path(path)
+        if not target.parent.is_dir():
+            raise FileNotFoundError(f"no such folder: {target.parent}. Make it before {target.name} is saved there.")
         tensors = {
             "values": self.values,
             "vectors": self.vectors.cpu().contiguous(),
@@ -148,7 +155,6 @@ class EigenResult:
             "rtol": self.rtol,
             "seed": self.seed,
         }
-        target = Path(path)
         partial = target.with_name(target.name + ".partial")
         try:
             save_file(

@@ -64,6 +64,14 @@ def test_a_failed_save_leaves_nothing_behind(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["pairs"]
 
 
+@pytest.mark.parametrize("place", ["nowhere", "file"])
+def test_a_save_into_no_folder_names_it(place: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(FileNotFoundError, match=rf"no such folder: .*{place}\. Make it"):
+        eigsh(A, K).save(tmp_path / place / "pairs.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_the_words_of_a_result_name_what_matters() -> None:
     text = str(eigsh(A, K, solver=Lanczos(block_size=8)))
     for word in ("10 eigenpairs", "converged", "noise floor", "fast probe", "products", "block_size=8"):
