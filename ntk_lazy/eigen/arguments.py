@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -47,7 +46,7 @@ def as_tolerance(rtol: Any) -> float:
     Raises:
         ArgumentError: Not a number between 0 and 1.
     """
-    if not isinstance(rtol, Real) or not 0 < rtol < 1:
+    if not isinstance(rtol, float | np.floating) or not 0 < rtol < 1:
         raise ArgumentError(f"rtol is {rtol!r}; it is relative to each eigenvalue and lies between 0 and 1.")
     return float(rtol)
 
