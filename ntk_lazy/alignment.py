@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float64
 from torch import Tensor
 
 from ntk_lazy.columns import Eigenpairs, HasVectors, as_directions, check_orthonormal, span_of
@@ -21,7 +21,7 @@ _SMALLEST_SINE = 1e-5
 
 
 @ieee_precision()
-def relative_energy(pairs: HasVectors | Tensor, phi: Float[Tensor, "*shape"]) -> Float64[Tensor, " k"]:
+def relative_energy(pairs: HasVectors | Tensor, phi: Tensor) -> Float64[Tensor, " k"]:
     """Measure how much of a function lies in the span of the first 1, 2, … k eigenvectors.
 
     Also known as cumulative power (of a target) or energy concentration. Where eigenvalues are close to each
@@ -44,7 +44,7 @@ def relative_energy(pairs: HasVectors | Tensor, phi: Float[Tensor, "*shape"]) ->
         ShapeError: φ does not fit the rows.
         NonFiniteError: φ or the vectors hold a NaN or an infinity.
         DegenerateError: φ is zero.
-        ArgumentError: The vectors are not orthonormal.
+        ArgumentError: The vectors are not orthonormal, or a tensor is none.
 
     Source: Kopitkov and Indelman, Neural Spectrum Alignment (ICANN 2020); Canatar, Bordelon and Pehlevan,
         Spectral bias and task-model alignment (Nat. Commun. 2021), cumulative power.
@@ -66,7 +66,7 @@ def relative_energy(pairs: HasVectors | Tensor, phi: Float[Tensor, "*shape"]) ->
 @ieee_precision()
 def kernel_target_alignment(
     K: Operator,
-    y: Float[Tensor, "*shape"],
+    y: Tensor,
     *,
     pairs: Eigenpairs | None = None,
     frobenius: Estimate | None = None,
@@ -93,6 +93,7 @@ def kernel_target_alignment(
     Cost: c half products (products where K has no halves), and those of ``frobenius_norm``.
 
     Raises:
+        ArgumentError: y is no tensor, K does not multiply, or pairs are no pairs.
         ShapeError: y does not fit the rows.
         NonFiniteError: y or a product is not finite.
         DegenerateError: y or K is zero.
@@ -110,7 +111,7 @@ def kernel_target_alignment(
 
 
 @ieee_precision()
-def spectral_position(K: Operator, g: Float[Tensor, "*shape"], *, trace: Estimate | None = None) -> Estimate:
+def spectral_position(K: Operator, g: Tensor, *, trace: Estimate | None = None) -> Estimate:
     """Measure how high in the spectrum a loss gradient lies: the eigenvalue it sees, relative to the sum of all.
 
     The squared norm of the parameter gradient is a product: ``‖∂L/∂θ‖² = ‖g‖² · tr K · χ_pos``.
@@ -126,6 +127,7 @@ def spectral_position(K: Operator, g: Float[Tensor, "*shape"], *, trace: Estimat
     Cost: one half product for each column of g, and the diagonal.
 
     Raises:
+        ArgumentError: g is no tensor, or K does not multiply.
         ShapeError: g does not fit the rows.
         NonFiniteError: g or a product is not finite.
         DegenerateError: g or the trace is zero.
@@ -174,6 +176,7 @@ def kernel_distance(
         products, and then the distance is exact.
 
     Raises:
+        ArgumentError: A kernel does not multiply, or pairs are no pairs of both.
         ShapeError: The kernels have different rows.
         NonFiniteError: A product is not finite.
         DegenerateError: A kernel is zero.
@@ -221,6 +224,7 @@ def principal_angles(U: HasVectors | Tensor, V: HasVectors | Tensor) -> Float64[
     Cost: ``4 n (k + m)²`` flops in float64, no product; no copy of a block is made.
 
     Raises:
+        ArgumentError: Neither a result nor a tensor.
         ShapeError: The blocks have different rows.
         DegenerateError: The columns of one are linearly dependent.
 
@@ -254,6 +258,7 @@ def subspace_overlap(U: HasVectors | Tensor, V: HasVectors | Tensor) -> float:
     Cost: ``2 n (k + m)²`` flops in float64, no product.
 
     Raises:
+        ArgumentError: Neither a result nor a tensor.
         ShapeError: The blocks have different rows.
         DegenerateError: The columns of one are linearly dependent.
     """

@@ -7,10 +7,11 @@ rows. This file is the one place that puts the first onto the second.
 from __future__ import annotations
 
 import math
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
+import numpy as np
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float64
 from torch import Tensor
 
 from ntk_lazy.errors import ArgumentError, DegenerateError, NonFiniteError, ShapeError
@@ -28,6 +29,7 @@ class HasVectors(Protocol):
         """Orthonormal columns, shape ``(n, k)``."""
 
 
+@runtime_checkable
 class Eigenpairs(HasVectors, Protocol):
     """What the measures read of an ``EigenResult``."""
 
@@ -44,7 +46,24 @@ class Eigenpairs(HasVectors, Protocol):
         """Size of the smallest eigenvalue that means something, relative to the largest."""
 
 
-def as_columns(values: Float[Tensor, "*shape"], num_rows: int, *, name: str) -> Columns:
+def check_tensor(value: Any, *, name: str, needed: str = "a tensor") -> None:
+    """Raise ArgumentError unless the value is a tensor; an array is the usual mistake, and has a cure of its own."""
+    if isinstance(value, Tensor):
+        return
+    cure = "torch.from_numpy(...) makes a tensor of it" if isinstance(value, np.ndarray) else "torch.tensor makes one"
+    raise ArgumentError(f"{name} is of type {type(value).__name__}, and {needed} is needed; {cure}.")
+
+
+def check_pairs(pairs: Any, *, name: str = "pairs") -> None:
+    """Raise ArgumentError unless there are values and residuals beside the vectors."""
+    if not isinstance(pairs, Eigenpairs):
+        raise ArgumentError(
+            f"{name} is of type {type(pairs).__name__}, and vectors, values and residual norms are needed. Pass the "
+            "EigenResult that eigsh returned."
+        )
+
+
+def as_columns(values: Tensor, num_rows: int, *, name: str) -> Columns:
     """Put values onto the rows of an operator.
 
     Args:
@@ -57,9 +76,11 @@ def as_columns(values: Float[Tensor, "*shape"], num_rows: int, *, name: str) -> 
         Shape ``(n, c)``, float64 on the device of the values.
 
     Raises:
+        ArgumentError: The values are no tensor.
         ShapeError: The values do not fit the rows.
         NonFiniteError: There is a NaN or an infinity among them.
     """
+    check_tensor(values, name=name)
     if values.numel() == num_rows and num_rows > 0:
         columns = values.detach().reshape(num_rows, 1)
     elif values.ndim == 2 and values.shape[0] == num_rows and values.shape[1] > 0:
@@ -76,7 +97,7 @@ def as_columns(values: Float[Tensor, "*shape"], num_rows: int, *, name: str) -> 
     return columns.double()
 
 
-def as_directions(values: Float[Tensor, "*shape"], num_rows: int, *, name: str) -> Columns:
+def as_directions(values: Tensor, num_rows: int, *, name: str) -> Columns:
     """Do as ``as_columns``, and divide by the largest entry, so that squares neither overflow nor vanish.
 
     Raises:
@@ -91,6 +112,8 @@ def as_directions(values: Float[Tensor, "*shape"], num_rows: int, *, name: str) 
 
 def span_of(space: HasVectors | Tensor, *, name: str) -> Block:
     """Return the block of vectors that a result or a tensor stands for, shape ``(n, k)``."""
+    if not isinstance(space, HasVectors):
+        check_tensor(space, name=name, needed="an EigenResult or a tensor")
     vectors = space if isinstance(space, Tensor) else space.vectors
     if vectors.ndim != 2 or vectors.shape[1] == 0:
         raise ShapeError(f"{name} has vectors of shape {tuple(vectors.shape)}; (n, k) with k > 0 is needed.")

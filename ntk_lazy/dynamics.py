@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
-from jaxtyping import Float, Float64
+from jaxtyping import Float64
 from torch import Tensor
 
-from ntk_lazy.columns import Eigenpairs, HasVectors, as_columns, as_directions, span_of
+from ntk_lazy.columns import Eigenpairs, as_columns, as_directions, check_pairs, check_tensor, span_of
 from ntk_lazy.errors import ArgumentError, DegenerateError, ShapeError
 from ntk_lazy.linalg import column_norms, gram
 from ntk_lazy.precision import ieee_precision
-from ntk_lazy.products import Operator, multiply, quadratic_form, rows_of
+from ntk_lazy.products import Operator, check_operator, multiply, quadratic_form, rows_of
 
 LossReduction = Literal["half_mean", "mean", "half_sum", "sum"]
 
@@ -94,13 +94,14 @@ def stability(
 
     Raises:
         ShapeError: The rows of the pairs are no multiple of ``num_examples``.
-        ArgumentError: A learning rate or an eigenvalue that is negative or not finite; C is needed and missing.
+        ArgumentError: A learning rate or an eigenvalue that is negative or not finite; C is needed and missing; neither
+            pairs nor a number.
 
     Source: Kopitkov and Indelman, Neural Spectrum Alignment (ICANN 2020); Cohen et al., Gradient descent on neural
         networks typically occurs at the edge of stability (ICLR 2021): λ_1/N is the sharpness 2/δ is compared to.
     """
     _check_lr(lr)
-    if isinstance(pairs, HasVectors):
+    if isinstance(pairs, Eigenpairs):
         largest = float(pairs.values[0])
         num_rows = pairs.vectors.shape[0]
         if num_outputs is None:
@@ -108,7 +109,7 @@ def stability(
                 raise ShapeError(f"{num_rows} rows are not {num_examples} examples with the same number of outputs.")
             num_outputs = num_rows // num_examples
     else:
-        largest = float(pairs)
+        largest = _number(pairs)
         if num_outputs is None and reduction == "mean":
             raise ArgumentError("reduction='mean' divides by N * C: give num_outputs=C along with λ_1.")
     if not (math.isfinite(largest) and largest >= 0):
@@ -125,7 +126,7 @@ def stability(
 @ieee_precision()
 def first_order_step(
     K: Operator,
-    residual: Float[Tensor, "*shape"],
+    residual: Tensor,
     lr: float,
     *,
     reduction: LossReduction = "half_mean",
@@ -148,6 +149,7 @@ def first_order_step(
     Cost: one product for each column.
 
     Raises:
+        ArgumentError: The residual is no tensor, or K does not multiply.
         ShapeError: The residual does not fit the kernel.
         NonFiniteError: The residual or the product is not finite.
 
@@ -177,7 +179,7 @@ class FirstOrderError:
     norm_ratio: float
 
 
-def first_order_error(actual: Float[Tensor, "*shape"], predicted: Float[Tensor, "*other_shape"]) -> FirstOrderError:
+def first_order_error(actual: Tensor, predicted: Tensor) -> FirstOrderError:
     """Compare a predicted change of the outputs with the one that happened.
 
     Args:
@@ -185,12 +187,15 @@ def first_order_error(actual: Float[Tensor, "*shape"], predicted: Float[Tensor, 
         predicted: What ``first_order_step`` returned, as many entries in the same order.
 
     Raises:
+        ArgumentError: One is no tensor.
         ShapeError: The two have different numbers of entries.
         NonFiniteError: One holds a NaN or an infinity.
         DegenerateError: One of them is zero, so that the ratio or the angle is not defined.
 
     Source: Kopitkov and Indelman, Neural Spectrum Alignment (ICANN 2020), error of the first-order dynamics.
     """
+    check_tensor(actual, name="actual")
+    check_tensor(predicted, name="predicted")
     if actual.numel() != predicted.numel():
         raise ShapeError(f"actual has {actual.numel()} entries and predicted {predicted.numel()}; they must agree.")
     happened = as_columns(actual, actual.numel(), name="actual").cpu()
@@ -233,7 +238,7 @@ class InformationFlow:
 @ieee_precision()
 def information_flow(
     pairs: Eigenpairs,
-    residual: Float[Tensor, "*shape"],
+    residual: Tensor,
     lr: float,
     *,
     kernel: Operator,
@@ -256,11 +261,13 @@ def information_flow(
         ShapeError: The residual or the kernel does not fit the pairs.
         NonFiniteError: The residual or the product is not finite.
         DegenerateError: The residual is zero, or the kernel moves nothing along it.
-        ArgumentError: The pairs carry more than the whole: they belong to another kernel.
+        ArgumentError: The pairs carry more than the whole: they belong to another kernel. The residual is no tensor,
+            the kernel does not multiply, or the pairs are none.
 
     Source: Kopitkov and Indelman, Neural Spectrum Alignment (ICANN 2020), spectral form of the dynamics.
     """
     _check_lr(lr)
+    check_pairs(pairs)
     V, rows = span_of(pairs, name="pairs"), rows_of(kernel, name="kernel")
     if V.shape[0] != rows.local:
         raise ShapeError(f"the pairs have {V.shape[0]} rows and the kernel has {rows.local}.")
@@ -299,7 +306,18 @@ def _check_lr(lr: float) -> None:
         raise ArgumentError(f"lr={lr} must be a positive number.")
 
 
+def _number(largest: Any) -> float:
+    """Read λ_1, of any kind of number."""
+    try:
+        return float(largest)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ArgumentError(
+            f"pairs is of type {type(largest).__name__}. Pass the EigenResult that eigsh returned, or λ_1 as a number."
+        ) from error
+
+
 def _shape(K: Operator) -> tuple[int, int]:
+    check_operator(K, name="K")
     shape = getattr(K, "shape", None)
     if shape is None:
         return (rows_of(K).local,) * 2

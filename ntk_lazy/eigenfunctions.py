@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol, final
+from typing import Any, Protocol, final, runtime_checkable
 
 import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from ntk_lazy.columns import Eigenpairs, span_of
+from ntk_lazy.columns import Eigenpairs, check_pairs, check_tensor, span_of
 from ntk_lazy.errors import ArgumentError, DegenerateError, NonFiniteError, ShapeError
 from ntk_lazy.products import Operator, multiply, rows_of
 from ntk_lazy.shapes import Block, ParameterBlock
@@ -18,6 +18,7 @@ from ntk_lazy.shapes import Block, ParameterBlock
 _MISMATCH = 1e-2
 
 
+@runtime_checkable
 class FactoredKernel(Operator, Protocol):
     """A kernel ``J Jᵀ`` that multiplies with each factor and can be had at other points."""
 
@@ -85,11 +86,13 @@ def eigenfunctions(pairs: Eigenpairs, K: FactoredKernel) -> Eigenfunctions:
     Raises:
         ShapeError: The pairs have other rows than the kernel.
         DegenerateError: A value lies at or below the noise floor: its extension divides noise by noise.
-        ArgumentError: The pairs belong to another kernel, or to other parameters.
+        ArgumentError: The pairs belong to another kernel, or to other parameters; K has no factors.
 
     Source: With ``w_i = Jᵀ v_i / √λ_i`` it is the Nyström extension ``K(x, X) v_i / λ_i``; Lau et al., PINNACLE
         (ICLR 2024), eq. 12, gives the latter.
     """
+    check_pairs(pairs)
+    _check_factors(K)
     V, rows = span_of(pairs, name="pairs"), rows_of(K, name="K")
     if V.shape[0] != rows.local:
         raise ShapeError(f"the pairs have {V.shape[0]} rows and the kernel has {rows.local}.")
@@ -122,8 +125,10 @@ def kernel_slice(K: FactoredKernel, x0: Any, x_new: Any) -> Block:
     Cost: for each column one reverse-mode sweep over x0 and one forward-mode sweep over x_new.
 
     Raises:
+        ArgumentError: K cannot be had at other points.
         NonFiniteError: A value is not finite.
     """
+    _check_factors(K)
     rectangle = K.at(x_new, x0)
     return multiply(rectangle, torch.eye(rectangle.shape[1], dtype=K.dtype, device=K.device))
 
@@ -159,10 +164,12 @@ def radial_spectrum(image: Tensor) -> RadialSpectrum:
     Cost: one two-dimensional FFT in float64.
 
     Raises:
+        ArgumentError: The image is no tensor.
         ShapeError: Not a picture of at least two pixels.
         NonFiniteError: A pixel is not finite.
         DegenerateError: The picture is constant, so that it has no frequency.
     """
+    check_tensor(image, name="image")
     if image.ndim != 2 or image.numel() < 2:
         raise ShapeError(f"an image of shape (height, width) is needed, not {tuple(image.shape)}.")
     if not image.isfinite().all():
@@ -185,6 +192,15 @@ def radial_spectrum(image: Tensor) -> RadialSpectrum:
         mean_frequency=(radius * squares).sum().item() / (squares.flatten()[1:].sum().item()),
         constant_share=constant / total,
     )
+
+
+def _check_factors(K: Any) -> None:
+    """Refuse a matrix, and what linear_operator makes of a kernel: a sum has no factors."""
+    if not isinstance(K, FactoredKernel):
+        raise ArgumentError(
+            f"K is of type {type(K).__name__}, which has no factors J and Jᵀ to evaluate elsewhere. Pass the "
+            "NTKLinearOperator that ntk() made, and add jitter to it afterwards."
+        )
 
 
 def _check_match(images: ParameterBlock, values: Tensor, residual_norms: Tensor) -> None:

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ntk_lazy.columns import check_tensor
 from ntk_lazy.errors import NonFiniteError, ShapeError
 from ntk_lazy.linalg import gram
 from ntk_lazy.rows import Rows
@@ -29,12 +30,20 @@ class Operator(Protocol):
         """Return the operator times a block."""
 
 
+def check_operator(A: Any, *, name: str) -> None:
+    """Raise ArgumentError unless there is a product with a block: arrays and lists have none."""
+    if not callable(getattr(A, "matmul", None)):
+        check_tensor(A, name=name, needed="a kernel of ntk(), another LinearOperator or a tensor")
+
+
 def rows_of(A: Operator, *, name: str = "the operator") -> Rows:
     """Return the rows of a symmetric operator.
 
     Raises:
+        ArgumentError: It does not multiply.
         ShapeError: It is not square, or is a batch of operators.
     """
+    check_operator(A, name=name)
     rows = getattr(A, "rows", None)
     shape = getattr(A, "shape", None)
     if shape is not None and (len(shape) != 2 or shape[0] != shape[1]):

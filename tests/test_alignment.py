@@ -116,6 +116,33 @@ def test_a_function_without_an_energy_is_refused(phi, error, words):
         relative_energy(basis(20, 3, seed=0), phi)
 
 
+def test_an_array_is_refused_by_name_and_torch_from_numpy_is_the_cure():
+    K, V, y = matrix(decaying("1/i", 20), seed=0), basis(20, 3, seed=0), normal(20, seed=1)
+    pairs = KnownPairs.of(K, 3)
+    wrong = {
+        "phi": lambda: relative_energy(V, y.numpy()),
+        "pairs": lambda: relative_energy(V.numpy(), y),
+        "y": lambda: kernel_target_alignment(K, y.numpy()),
+        "K": lambda: kernel_target_alignment(K.numpy(), y),
+        "g": lambda: spectral_position(K, y.numpy()),
+        "U": lambda: principal_angles(V.numpy(), V),
+        "V": lambda: subspace_overlap(V, V.numpy()),
+        "the operator": lambda: kernel_distance(K, K.numpy()),
+    }
+    for name, measure in wrong.items():
+        with pytest.raises(ArgumentError, match=rf"^{name} is of type ndarray, and .* torch\.from_numpy"):
+            measure()
+    with pytest.raises(ArgumentError, match="phi is of type list"):
+        relative_energy(V, y.tolist())
+    for measure in (
+        lambda: kernel_target_alignment(K, y, pairs=V),
+        lambda: kernel_distance(K, K, pairs=(pairs, V.numpy())),
+        lambda: kernel_distance(K, K, pairs=pairs),
+    ):
+        with pytest.raises(ArgumentError, match="eigsh"):
+            measure()
+
+
 def test_vectors_that_are_not_orthonormal_are_refused():
     V = basis(20, 3, seed=0)
     with pytest.raises(ArgumentError, match="orthonormal"):

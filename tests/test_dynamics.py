@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -180,6 +181,30 @@ def test_the_error_of_a_prediction_follows_its_triangle_at_any_scale(n, seed, ex
     assert found.error**2 == pytest.approx(law_of_cosines, abs=1e-10 * (1 + found.norm_ratio**2))
     assert first_order_error(actual, actual).cosine == pytest.approx(1, abs=10 * EPS)
     assert first_order_error(actual, -2 * actual).error == pytest.approx(3, rel=1e-14)
+
+
+def test_an_array_is_refused_by_name_and_torch_from_numpy_is_the_cure():
+    K, m = torch.eye(6), torch.ones(6)
+    pairs = KnownPairs.of(K, 2)
+    wrong = [
+        ("residual", lambda: first_order_step(K, m.numpy(), 0.1)),
+        ("K", lambda: first_order_step(K.numpy(), m, 0.1)),
+        ("actual", lambda: first_order_error(m.numpy(), m)),
+        ("predicted", lambda: first_order_error(m, m.numpy())),
+        ("residual", lambda: information_flow(pairs, m.numpy(), 0.1, kernel=K)),
+        ("kernel", lambda: information_flow(pairs, m, 0.1, kernel=K.numpy())),
+    ]
+    for name, measure in wrong:
+        with pytest.raises(ArgumentError, match=rf"^{name} is of type ndarray, and .* torch\.from_numpy"):
+            measure()
+
+
+@pytest.mark.parametrize("wrong", [torch.ones(6, 2), np.ones(2), [1.0], None], ids=["tensor", "array", "list", "None"])
+def test_what_are_no_pairs_is_refused(wrong):
+    with pytest.raises(ArgumentError, match="EigenResult that eigsh returned"):
+        information_flow(wrong, torch.ones(6), 0.1, kernel=torch.eye(6))
+    with pytest.raises(ArgumentError, match="EigenResult that eigsh returned"):
+        stability(wrong, 0.1, num_examples=6)
 
 
 def test_a_change_of_nothing_has_no_error():

@@ -122,6 +122,21 @@ def test_pairs_of_other_parameters_or_other_points_are_refused():
         eigenfunctions(pairs, nl.ntk(net, x))
 
 
+def test_a_matrix_without_factors_is_refused():
+    net, x = _network(), normal(12, 2, seed=0)
+    K = nl.ntk(net, x).detach()
+    pairs = eigsh(K, 3)
+    for other in (K.to_dense(), K.add_jitter(1.0), K + K, K.to_dense().numpy(), None):
+        with pytest.raises(ArgumentError, match=r"no factors.*NTKLinearOperator that ntk\(\) made"):
+            eigenfunctions(pairs, other)
+        with pytest.raises(ArgumentError, match=r"no factors.*NTKLinearOperator that ntk\(\) made"):
+            kernel_slice(other, x[:1], x)
+    assert eigenfunctions(pairs, K * 1.0)(x).shape == (24, 3)
+    for other in (pairs.vectors, pairs.vectors.numpy()):
+        with pytest.raises(ArgumentError, match="EigenResult that eigsh returned"):
+            eigenfunctions(other, K)
+
+
 @pytest.mark.parametrize("outputs", MODES)
 def test_a_slice_is_a_column_of_the_kernel(outputs):
     net, x, elsewhere = _network(), normal(5, 2, seed=0), normal(7, 2, seed=1)
@@ -175,6 +190,8 @@ def test_a_picture_without_frequencies_is_refused():
     for constant in (torch.zeros(4, 4), torch.full((5, 7), 0.1), torch.full((64, 64), 1 / 3, dtype=torch.float64)):
         with pytest.raises(DegenerateError, match="constant"):
             radial_spectrum(constant)
+    with pytest.raises(ArgumentError, match=r"image is of type ndarray.*torch\.from_numpy"):
+        radial_spectrum(normal(4, 4, seed=0).numpy())
     with pytest.raises(ShapeError, match=r"\(16,\)"):
         radial_spectrum(torch.ones(16))
     with pytest.raises(ShapeError, match=r"\(1, 1\)"):

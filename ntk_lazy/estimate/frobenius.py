@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from ntk_lazy.columns import Eigenpairs
+from ntk_lazy.columns import Eigenpairs, check_pairs
 from ntk_lazy.errors import ArgumentError, ShapeError
 from ntk_lazy.estimate.result import Estimate, error_of_mean
 from ntk_lazy.linalg import column_norms, combine, orthonormalise, project_out_
@@ -90,7 +91,7 @@ def frobenius_norm(
 
     Raises:
         ShapeError: A is not square, or the pairs have other rows.
-        ArgumentError: There are fewer than 4 samples.
+        ArgumentError: There are fewer than 4 samples, A does not multiply, or the pairs are none.
         NonFiniteError: The operator returned a NaN or an infinity.
 
     Source: Meyer, Musco, Musco and Woodruff, Hutch++ (SOSA 2021), applied to ``A²``.
@@ -102,6 +103,7 @@ def frobenius_norm(
     else:
         deflation = Deflation(num_leading=0, num_samples=num_samples)
         rows = rows_of(A)
+        check_pairs(pairs)
         V = _leading([pairs], None, rows, A)
         # λ_i is the Rayleigh quotient of v_i, so that r_i is orthogonal to v_i and ‖A v_i‖² = λ_i² + ‖r_i‖².
         exact = (pairs.values.double().square() + pairs.residual_norms.double().square()).sum().cpu()
@@ -137,11 +139,14 @@ def sample_products(
         pairs; n products where that is no more.
 
     Raises:
+        ArgumentError: An operator does not multiply, or there are not the pairs of each.
         ShapeError: The operators have different rows.
     """
     first, rows = operators[0], rows_of(operators[0])
     if any(rows_of(A).total != rows.total for A in operators):
         raise ShapeError(f"operators of {[rows_of(A).total for A in operators]} rows cannot be compared.")
+    if pairs is not None:
+        _check_each(pairs, len(operators))
     width = len(operators) * deflation.num_leading
     sketch = 0 if pairs is not None else deflation.num_leading
     if rows.total <= width + sketch + deflation.num_samples:
@@ -162,6 +167,13 @@ def sample_products(
             exact[a, b] = products[:count].sum()
             samples[:, a, b] = products[count:]
     return ProductSamples(exact=exact, samples=samples, num_products=len(operators) * (together.shape[1] + sketch))
+
+
+def _check_each(pairs: Any, num_operators: int) -> None:
+    if not isinstance(pairs, Sequence) or len(pairs) != num_operators:
+        raise ArgumentError(f"pairs must be {num_operators} results of eigsh, one for each operator.")
+    for each in pairs:
+        check_pairs(each, name="one of pairs")
 
 
 def _sketches(operators: Sequence[Operator], rows: Rows, width: int, seed: int) -> list[Tensor]:
