@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, cast
 
 import numpy as np
@@ -10,15 +11,27 @@ import torch
 from torch import Tensor, nn
 
 from ntk_lazy.engines.chunks import parse_budget
+from ntk_lazy.engines.forward_pass import ForwardPass
 from ntk_lazy.engines.preflight import check
-from ntk_lazy.errors import ArgumentError, ShapeError
-from ntk_lazy.model import FunctionalModel, OutputFunction, ParameterChoice, ParameterFunction
+from ntk_lazy.engines.suspects import TRANSFORM_ERRORS
+from ntk_lazy.errors import ArgumentError, NTKLazyError, ShapeError
+from ntk_lazy.model import (
+    FunctionalModel,
+    OutputFunction,
+    ParameterChoice,
+    ParameterFunction,
+    as_ieee,
+    check_output_fn,
+    generators_kept,
+)
 from ntk_lazy.operator import NTKLinearOperator, Side
-from ntk_lazy.outputs import OutputLayout, OutputMode
+from ntk_lazy.outputs import OutputLayout, OutputMode, as_output_mode
 from ntk_lazy.plan import EngineName, EngineSettings
+from ntk_lazy.precision import ieee_precision
 from ntk_lazy.probes import Probes
 
 _PREFLIGHT_EXAMPLES = 4
+_CONVERSIONS = {torch.float32: "model.float()", torch.float64: "model.double()"}
 
 
 def ntk(  # noqa: PLR0913  (the front door: each option is one word)
@@ -64,24 +77,26 @@ def ntk(  # noqa: PLR0913  (the front door: each option is one word)
     Raises:
         UnsupportedModuleError: The Jacobian would be random, coupled between examples, or does not exist.
         NonFiniteError: A NaN or an infinity in inputs, parameters, outputs or gradients.
-        ShapeError: Inputs or outputs whose first dimension is not the examples, or inputs on another device.
+        ShapeError: Inputs or outputs whose first dimension is not the examples, inputs on another device, or of a dtype
+            that the model cannot take.
         ArgumentError: No such parameter, output, engine or budget.
 
     Source: Jacot, Gabriel, Hongler, Neural Tangent Kernel (2018); row order and modes as in
         Kopitkov and Indelman, arXiv 1910.08720, and Mohamadi et al., arXiv 2206.12543.
     """
-    functional = _functional(model, params, output_fn)
+    functional, mode = _functional(model, params, output_fn), as_output_mode(outputs)
     x2 = None if x2 is x1 else x2
     probes = Probes.of(x1, input_dims=input_dims)
     others = None if x2 is None else Probes.of(x2, input_dims=probes.input_dims if input_dims is None else input_dims)
     for each in (probes, others):
         if each is not None:
             _check_inputs(each, functional)
-    flat = probes.inputs.reshape(-1, *probes.inputs.shape[probes.inputs.ndim - probes.input_dims :])
-    preflight = check(functional, flat[:_PREFLIGHT_EXAMPLES])
+    few = _examples(probes, _PREFLIGHT_EXAMPLES)
+    with _dtypes_named(functional, few):
+        preflight = check(functional, few)
     if others is not None:
         _check_columns(functional, others, preflight.num_outputs)
-    layout = OutputLayout(outputs if isinstance(outputs, str | bool) else _as_int(outputs), preflight.num_outputs)
+    layout = OutputLayout(mode, preflight.num_outputs)
     budget = parse_budget(memory_budget, functional.device)
     settings = EngineSettings(
         engine=engine,
@@ -104,11 +119,8 @@ def _functional(model: Any, params: Any, output_fn: OutputFunction | None) -> Fu
         if params is not None or output_fn is not None:
             raise ArgumentError("a FunctionalModel has its own params and output_fn; give them when you make it.")
         return model
-    if output_fn is not None and not callable(output_fn):
-        raise ArgumentError(f"output_fn must be a function of what the model returns, not {type(output_fn).__name__}.")
+    check_output_fn(output_fn)
     if isinstance(model, nn.Module):
-        if isinstance(params, Mapping):
-            raise ArgumentError("params chooses among a module's parameters by name; a mapping serves plain functions.")
         return FunctionalModel.from_module(model, params=params, output_fn=output_fn)
     if not callable(model):
         raise ArgumentError(f"model must be a module or a function f(params, x), not {type(model).__name__}.")
@@ -117,16 +129,48 @@ def _functional(model: Any, params: Any, output_fn: OutputFunction | None) -> Fu
     return FunctionalModel.from_function(model, params, output_fn=output_fn)
 
 
-def _as_int(outputs: Any) -> Any:
-    """Make an int of every kind of integer; leave anything else to be refused."""
-    return int(outputs) if hasattr(outputs, "__index__") else outputs
+def _examples(probes: Probes, count: int) -> Tensor:
+    """Take the first examples, whatever batch they are in."""
+    return probes.inputs.reshape(-1, *probes.inputs.shape[probes.inputs.ndim - probes.input_dims :])[:count]
+
+
+@contextmanager
+def _dtypes_named(model: FunctionalModel, x: Tensor) -> Iterator[None]:
+    """Say so where a model fails on inputs for no other reason than their dtype, which torch words in many ways."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        wanted = model.dtype
+        differs = x.is_floating_point() and as_ieee(x).dtype != wanted
+        if not differs or _runs(model, x) or not _runs(model, x.to(wanted)):
+            raise
+        conversion = _CONVERSIONS.get(as_ieee(x).dtype) if model.call.module is not None else None
+        raise ShapeError(
+            f"inputs are {x.dtype} and parameters are {wanted}, and the model fails on the two together. Convert the "
+            f"inputs, x.to({wanted}) or for an array x.astype({str(wanted).removeprefix('torch.')!r}), or convert the "
+            f"parameters{f', {conversion}' if conversion else ''}."
+        ) from error
+
+
+def _runs(model: FunctionalModel, x: Tensor) -> bool:
+    """Whether the model gets through one forward pass, which may write to copies of its tensors alone."""
+    try:
+        with torch.no_grad(), ieee_precision(), generators_kept(x.device):
+            ForwardPass.run(model, x)
+    except NTKLazyError:
+        return True  # it got through, and what came out has a fault of its own
+    except TRANSFORM_ERRORS:
+        return False
+    return True
 
 
 def _check_columns(model: FunctionalModel, probes: Probes, num_outputs: int) -> None:
     """Run the second inputs through the model once: an error of the model now is better than in a product."""
-    flat = probes.inputs.reshape(-1, *probes.inputs.shape[probes.inputs.ndim - probes.input_dims :])
-    with torch.no_grad(), torch.random.fork_rng(devices=[flat.device] if flat.is_cuda else []):
-        found = model(model.params, flat[:1]).shape[1]
+    x = _examples(probes, 1)
+    with _dtypes_named(model, x), torch.no_grad(), torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
+        found = model(model.params, x).shape[1]
     if found != num_outputs:
         raise ShapeError(f"the model has {num_outputs} outputs for an example of x1, but {found} for one of x2.")
 

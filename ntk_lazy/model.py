@@ -31,6 +31,28 @@ Result = TypeVar("Result")
 _HALF = (torch.float16, torch.bfloat16)
 
 
+def as_parameter_choice(params: Any) -> Callable[[str, Tensor], bool] | list[str] | None:
+    """Read a choice of parameters, and write it down so that it can be made many times. Whether it fits is not known.
+
+    Raises:
+        ArgumentError: Neither names or patterns, nor a predicate, nor None.
+    """
+    if isinstance(params, Mapping):
+        raise ArgumentError("params chooses among a module's parameters by name; a mapping serves plain functions.")
+    if params is None or callable(params):
+        return params
+    patterns = [params] if isinstance(params, str) else list(params) if isinstance(params, Iterable) else [params]
+    if not all(isinstance(pattern, str) for pattern in patterns):
+        raise ArgumentError("params: give names or glob patterns, a predicate on (name, parameter), or None.")
+    return patterns
+
+
+def check_output_fn(output_fn: Any) -> None:
+    """Raise ArgumentError unless it can be applied to what a model returns, or is None."""
+    if output_fn is not None and not callable(output_fn):
+        raise ArgumentError(f"output_fn must be a function of what the model returns, not {type(output_fn).__name__}.")
+
+
 def as_ieee(tensor: Tensor) -> Tensor:
     """Widen a half-precision tensor to float32, in which products run; leave any other as it is."""
     return tensor.float() if tensor.dtype in _HALF else tensor
@@ -311,16 +333,14 @@ def _choose(named: Mapping[str, Tensor], params: ParameterChoice) -> list[str]:
         if tensor.is_complex():
             raise UnsupportedModuleError(f"parameter {name!r} is complex; the kernel of real parameters is meant here.")
     real = {n: t for n, t in named.items() if t.is_floating_point()}
+    params = as_parameter_choice(params)
     if params is None:
         chosen = list(real)
     elif callable(params):
         chosen = [n for n, t in real.items() if params(n, t)]
     else:
-        patterns = [params] if isinstance(params, str) else list(params) if isinstance(params, Iterable) else [params]
-        if not all(isinstance(pattern, str) for pattern in patterns):
-            raise ArgumentError("params: give names or glob patterns, a predicate on (name, parameter), or None.")
         chosen = []
-        for pattern in patterns:
+        for pattern in params:
             found = [n for n in real if n == pattern or fnmatch.fnmatchcase(n, pattern)]
             if not found:
                 near = difflib.get_close_matches(pattern, real, n=3, cutoff=0.4) or list(real)[:5]

@@ -11,8 +11,9 @@ Every mode is a linear map between blocks on rows and cotangents at the model's 
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, cast
 
 import torch
 from jaxtyping import Float
@@ -22,6 +23,22 @@ from ntk_lazy.errors import ArgumentError
 from ntk_lazy.shapes import Block
 
 OutputMode: TypeAlias = Literal["full", "trace", "sum"] | int
+
+
+def as_output_mode(outputs: Any) -> OutputMode:
+    """Read which outputs make up the rows; an integer of NumPy is one. Whether the model has it is not known here.
+
+    Raises:
+        ArgumentError: Neither the name of a mode nor an integer.
+    """
+    if isinstance(outputs, str) and outputs in ("full", "trace", "sum"):
+        return cast("OutputMode", outputs)
+    if not isinstance(outputs, bool):
+        try:
+            return operator.index(outputs)
+        except TypeError:
+            pass
+    raise ArgumentError(f"outputs must be 'full', 'trace', 'sum' or an int, not {outputs!r}.")
 
 
 @dataclass(frozen=True)
@@ -37,12 +54,8 @@ class OutputLayout:
     num_outputs: int
 
     def __post_init__(self) -> None:
-        if isinstance(self.mode, bool) or not isinstance(self.mode, int | str):
-            raise ArgumentError(f"outputs must be 'full', 'trace', 'sum' or an int, not {self.mode!r}.")
-        if isinstance(self.mode, str):
-            if self.mode not in ("full", "trace", "sum"):
-                raise ArgumentError(f"outputs must be 'full', 'trace', 'sum' or an int, not {self.mode!r}.")
-        elif not -self.num_outputs <= self.mode < self.num_outputs:
+        object.__setattr__(self, "mode", as_output_mode(self.mode))
+        if isinstance(self.mode, int) and not -self.num_outputs <= self.mode < self.num_outputs:
             raise ArgumentError(
                 f"outputs={self.mode} asks for an output that the model does not have: it has {self.num_outputs}."
             )

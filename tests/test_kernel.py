@@ -65,6 +65,53 @@ def test_the_columns_are_tried_before_the_first_product(model, x):
         nl.ntk(lambda p, z: z * p["w"], torch.randn(4, 2), torch.randn(4, 3), params={"w": torch.ones(())})
 
 
+@pytest.mark.parametrize("kind", [torch.Tensor.clone, torch.Tensor.numpy], ids=["tensor", "array"])
+def test_inputs_of_another_dtype_are_refused_with_both_dtypes_and_the_cure(model, x, kind):
+    double, single = kind(x), kind(x.float())
+    cures = r"float32 .*float64.*x\.to\(torch\.float64\).*x\.astype\('float64'\).*model\.float\(\)"
+    with pytest.raises(nl.ShapeError, match=cures) as caught:
+        nl.ntk(model, single)
+    assert isinstance(caught.value.__cause__, RuntimeError)
+    with pytest.raises(nl.ShapeError, match=cures):
+        nl.ntk(model, double, single)
+    with pytest.raises(nl.ShapeError, match=r"float16 .*float64.*model\.float\(\)"):
+        nl.ntk(model, x.half())
+    assert not nl.doctor(model, single).is_supported
+    with pytest.raises(nl.ShapeError, match=r"float64 .*float32.*x\.to\(torch\.float32\).*model\.double\(\)"):
+        nl.ntk(model.float(), double)
+    with pytest.raises(nl.ShapeError, match=r"float32 .*float64.*convert the parameters\."):
+        nl.ntk(lambda p, z: z @ p["w"], single, params={"w": torch.ones(3, 2, dtype=torch.float64)})
+    with pytest.raises(nl.ShapeError, match=r"float64 .*float32"):
+        nl.ntk(nn.Sequential(nn.Linear(3, 2), nn.Dropout()), double)
+
+
+def test_a_difference_in_dtype_that_the_model_bears_is_no_fault(x):
+    class Casting(nn.Linear):
+        def forward(self, z: Tensor) -> Tensor:
+            return super().forward(z.to(self.weight.dtype))
+
+    for net, z in [
+        (Casting(3, 2), x),
+        (Casting(3, 2).double(), x.float()),
+        (Casting(3, 2), x.long()),
+        (nn.Linear(3, 2), x.half()),
+        (nn.Linear(3, 2).bfloat16(), x.float()),
+        (nn.Embedding(4, 2).double(), torch.tensor([[0], [1], [3]])),
+    ]:
+        assert nl.ntk(net, z).shape[0] == 2 * len(z)
+
+
+def test_another_failure_on_inputs_of_another_dtype_reaches_the_user_as_it_is(x):
+    class Broken(nn.Linear):
+        def forward(self, z: Tensor) -> Tensor:
+            raise error
+
+    error = RuntimeError("mine")
+    with pytest.raises(RuntimeError) as caught:
+        nl.ntk(Broken(3, 2), x)
+    assert caught.value is error
+
+
 @pytest.mark.parametrize("budget", ["4GB", "4 GB", "512MiB", "1e9", 10**9, 1e9, "2 tb", "1.5g"])
 def test_a_memory_budget_is_written_in_many_ways(model, x, budget):
     assert nl.ntk(model, x, memory_budget=budget).explain().memory_budget > 10**8
