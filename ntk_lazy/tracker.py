@@ -18,13 +18,22 @@ from torch import Tensor, nn
 from ntk_lazy.alignment import kernel_target_alignment
 from ntk_lazy.dynamics import LossReduction, stability
 from ntk_lazy.eigen import EigenResult, Solver, SolveState, eigsh
-from ntk_lazy.errors import ArgumentError, NotConvergedError, NTKLazyError, ShapeError, UnsupportedModuleError
+from ntk_lazy.eigen.arguments import as_seed, as_tolerance, check_progress, check_solver
+from ntk_lazy.engines.chunks import parse_budget
+from ntk_lazy.errors import (
+    ArgumentError,
+    BudgetError,
+    NonFiniteError,
+    NotConvergedError,
+    NTKLazyError,
+    ShapeError,
+)
 from ntk_lazy.estimate import effective_rank, frobenius_norm, trace
 from ntk_lazy.kernel import ntk
 from ntk_lazy.learning import Learning
-from ntk_lazy.model import FunctionalModel, OutputFunction, ParameterChoice
+from ntk_lazy.model import FunctionalModel, OutputFunction, ParameterChoice, as_parameter_choice, check_output_fn
 from ntk_lazy.operator import NTKLinearOperator
-from ntk_lazy.outputs import OutputMode
+from ntk_lazy.outputs import OutputMode, as_output_mode
 from ntk_lazy.precision import ieee_precision
 from ntk_lazy.probes import Probes
 from ntk_lazy.records import Provenance, SpectrumRecord, append_record, read_records, versions
@@ -125,7 +134,13 @@ class SpectrumTracker:
             raise ArgumentError(f"reduction={self.reduction!r} is unknown. Choose from {known}.")
         if self.keep_vectors and self.folder is None:
             raise ArgumentError("keep_vectors needs a folder to keep them in.")
+        self.params, self.outputs = as_parameter_choice(self.params), as_output_mode(self.outputs)
+        self.rtol, self.seed = as_tolerance(self.rtol), as_seed(self.seed)
+        check_output_fn(self.output_fn)
+        check_solver(self.solver)
+        check_progress(self.progress)
         self.probes = Probes.of(self.probes)
+        parse_budget(self.memory_budget, self.probes.inputs.device)
         self._fingerprint = self.probes.fingerprint()
         if self.folder is not None:
             self.folder = Path(self.folder)
@@ -161,7 +176,8 @@ class SpectrumTracker:
         Cost: one eigensolve, the exact trace (one gradient an example), and a few single products.
 
         Raises:
-            ArgumentError: The target is no array of numbers.
+            ArgumentError: The target is no array of numbers. The model does not fit the probes or the settings, as long
+                as no record has succeeded; later it makes a failed record.
             ShapeError: The target does not fit the probes or the outputs.
             UnsupportedModuleError: The model has no kernel, as long as no record has succeeded; later, such as in train
                 mode with dropout by mistake, it makes a failed record.
@@ -176,7 +192,7 @@ class SpectrumTracker:
         try:
             K = self._kernel(model)
         except _SOLVE_ERRORS as error:
-            if isinstance(error, UnsupportedModuleError) and not any(r.is_usable for r in self.records):
+            if _is_misuse(error) and not any(r.is_usable for r in self.records):
                 raise
             known = _failed(0, error)
         else:
@@ -271,9 +287,10 @@ class SpectrumTracker:
                     reduction=self.reduction,
                 )
                 energies, scalars["loss"] = learning.energies(pairs), learning.loss
-                aligned = kernel_target_alignment(K, learning.target, frobenius=norm)
-                scalars["kernel_target_alignment"] = aligned.value
-                errors["kernel_target_alignment"] = aligned.standard_error
+                if bool((learning.target != 0).any()):
+                    aligned = kernel_target_alignment(K, learning.target, frobenius=norm)
+                    scalars["kernel_target_alignment"] = aligned.value
+                    errors["kernel_target_alignment"] = aligned.standard_error
                 if learning.loss > 0:
                     scalars["spectral_position"] = learning.spectral_position(total)
                 if lr is not None and self.outputs == "full":
@@ -330,6 +347,11 @@ def _count(k: Any) -> int:
             if count >= 1:
                 return count
     raise ArgumentError(f"k must be an integer of at least 1, not {k!r}.")
+
+
+def _is_misuse(error: BaseException) -> bool:
+    """Whether an error is of the model or the settings: the state of a training, and of a machine, may mend itself."""
+    return isinstance(error, ArgumentError) and not isinstance(error, NonFiniteError | BudgetError)
 
 
 def _target(target: Tensor | ArrayLike | None) -> Tensor | None:

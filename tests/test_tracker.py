@@ -180,6 +180,23 @@ def test_a_measurement_that_fails_leaves_the_pairs_in_the_record(monkeypatch, ca
     assert "no angle" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("outputs", "vanish"),
+    [("full", torch.zeros_like), ("sum", lambda y: torch.cat([y[:, :1], -y[:, :1]], dim=1))],
+    ids=["full", "sum"],
+)
+def test_a_target_that_is_zero_on_the_rows_costs_what_it_leaves_undefined_and_nothing_else(outputs, vanish):
+    model, (x, y) = make_model(2), make_data(2)
+    targets = (vanish(y), y)
+    found, usual = (SpectrumTracker(x, k=3, outputs=outputs).record(model, 0, lr=0.1, target=t) for t in targets)
+    assert "not measured" not in found.message
+    assert found.energies.keys() == usual.energies.keys() - {"target"}
+    assert found.scalars.keys() == usual.scalars.keys() - {"kernel_target_alignment"}
+    assert math.isnan(found.energy("target", 3))
+    assert found.energies["output"] == usual.energies["output"]
+    assert found.energies["residual"] == pytest.approx(found.energies["output"], abs=1e-12)
+
+
 def test_a_solve_that_was_cut_short_is_recorded_as_partial(monkeypatch):
     whole = eigsh
     monkeypatch.setattr("ntk_lazy.tracker.eigsh", lambda K, k, **options: whole(K, k, max_products=32, **options))
@@ -277,12 +294,61 @@ def test_the_log_spaced_schedule_has_equal_shares_in_each_decade():
         {"reduction": "average"},
         {"reduction": ["mean"]},
         {"keep_vectors": True},
+        {"params": 3},
+        {"params": {"0.weight": None}},
+        {"outputs": "bla"},
+        {"outputs": 1.0},
+        {"output_fn": 3},
+        {"memory_budget": "much"},
+        {"solver": "bla"},
+        {"rtol": "a"},
+        {"rtol": 0.0},
+        {"seed": "x"},
+        {"seed": 1.5},
+        {"progress": "x"},
     ],
     ids=str,
 )
 def test_a_tracker_that_cannot_work_is_refused_when_it_is_made(wrong):
-    with pytest.raises(ArgumentError):
+    with pytest.raises(ArgumentError, match=next(iter(wrong))):
         SpectrumTracker(make_data()[0], **wrong)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"outputs": 1}, "an output that the model does not have"),
+        ({"params": "nothing.*"}, "no parameter is called"),
+        ({"probes": make_data()[0].float()}, "float32 .*float64"),
+    ],
+    ids=["output", "parameter", "dtype"],
+)
+def test_settings_that_do_not_fit_the_model_are_refused_at_the_first_record(wrong, message):
+    tracker = SpectrumTracker(**({"probes": make_data()[0], "k": 2} | wrong))
+    with pytest.raises(ArgumentError, match=message):
+        tracker.record(make_model(), 0)
+    assert tracker.records == []
+
+
+def test_settings_of_numpy_and_choices_that_can_be_read_once_are_kept(tmp_path):
+    model, (x, y) = make_model(2), make_data(2)
+    names = ["2.*", "0.bias"]
+    expected = SpectrumTracker(x, k=2, outputs=1, seed=3, rtol=0.25, params=names)
+    tracker = SpectrumTracker(
+        x,
+        k=np.int64(2),
+        outputs=np.int64(1),
+        seed=np.int64(3),
+        rtol=np.float32(0.25),
+        params=(name for name in names),
+        folder=tmp_path,
+        keep_vectors=True,
+    )
+    for step in (0, 1):
+        record, other = (t.record(model, step, lr=0.1, target=y) for t in (tracker, expected))
+        assert record.values == other.values
+        assert record.energies == other.energies
+        assert record.message == other.message
 
 
 @pytest.mark.parametrize("kind", [torch.Tensor.numpy, torch.Tensor.tolist], ids=["array", "list"])
