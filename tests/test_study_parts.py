@@ -129,6 +129,18 @@ def test_a_terminal_gets_a_bar_and_a_pipe_gets_lines(monkeypatch):
     assert describe(failed) == "step       3  no spectrum: why"
 
 
+def test_the_line_of_a_snapshot_judges_the_trusted_pairs_alone():
+    assert "  3 pairs to 3e-04  " in describe(make_record())
+    noisy = make_record(values=(3.0, 2.0, 1e-9), residual_norms=(3e-4, 4e-4, 1e-7))
+    assert "  2 of 3 pairs to 2e-04  " in describe(noisy)
+    assert "  1 of 3 pairs to 3e-05 (partial)  " in describe(
+        make_record(converged=(True, False, True), status="partial")
+    )
+    assert "  3 pairs to 3e-05  " in describe(make_record(values=(3.0, 0.0, -1e-9), noise_floor=math.nan))
+    for nothing in (make_record(converged=(False,) * 3), make_record(values=(0.0, 0.0, -1e-9))):
+        assert "  0 of 3 pairs  " in describe(nothing)
+
+
 # The picture, the network, the training.
 
 

@@ -93,7 +93,6 @@ def describe(record: SpectrumRecord) -> str:
     """Put a snapshot into one line."""
     if not record.is_usable:
         return f"step {record.step:>7,}  no spectrum: {record.message}"
-    worst = max(r / v for r, v in zip(record.residual_norms, record.values, strict=True) if v > 0)
     parts = [
         f"step {record.step:>7,}",
         f"loss {record.scalar('loss'):.4f}",
@@ -104,13 +103,23 @@ def describe(record: SpectrumRecord) -> str:
             for s, n in zip("yfm", _FUNCTIONS, strict=True)
             for k in _shown(record)
         ),
-        f"{len(record.values)} pairs to {worst:.0e}" + ("" if record.status == "converged" else f" ({record.status})"),
+        _pairs(record) + ("" if record.status == "converged" else f" ({record.status})"),
         f"{record.cost.get('record_seconds', 0):.1f} s",
     ]
     return "  ".join(parts)
 
 
 _FUNCTIONS = ("target", "output", "residual")
+
+
+def _pairs(record: SpectrumRecord) -> str:
+    """Say how good the trusted pairs are: beyond them a value is rounding, and so is what is relative to it."""
+    trusted, found = record.num_trusted, len(record.values)
+    text = f"{found} pairs" if trusted == found else f"{trusted} of {found} pairs"
+    # Values above a noise floor are positive, but the floor of a damaged record may be unknown.
+    pairs = zip(record.residual_norms[:trusted], record.values[:trusted], strict=True)
+    shares = [residual / value for residual, value in pairs if value > 0]
+    return f"{text} to {max(shares):.0e}" if shares else text
 
 
 def _shown(record: SpectrumRecord) -> tuple[int, ...]:
