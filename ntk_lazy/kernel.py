@@ -61,7 +61,9 @@ def ntk(  # noqa: PLR0913  (the front door: each option is one word)
         outputs: ``"full"`` (``n = N*C`` rows, row ``i*C + c``), ``"trace"`` (``1/C sum_c K_cc``, N rows), ``"sum"``
             (the Jacobian of ``1/sqrt(C) sum_c f_c``, N rows), or the index of one output (N rows).
         output_fn: Applied to what the module returns, for modules that return dicts or tuples.
-        engine: ``"auto"`` or ``"autodiff"``.
+        engine: ``"autodiff"`` for any model; ``"factors"``, products from the inputs and output gradients of layers;
+            ``"gram"``, K written down under half of the budget and ``max_dense_bytes``, or made anew strip by strip;
+            ``"auto"`` for the one that a cost model and the measured rates of the machine say is fastest.
         memory_budget: Bytes, or ``"4GB"``, that a product may hold beside operands and result; None for a quarter of
             what is free.
         max_dense_bytes: The largest K that ``to_dense()`` may write down; None for the memory budget.

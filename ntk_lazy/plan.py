@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
-from typing import Literal, TypeAlias
+from typing import Literal, Self, TypeAlias, get_args
 
 import torch
 
 from ntk_lazy.engines.autodiff import AutodiffEngine
 from ntk_lazy.engines.chunks import Chunks
 from ntk_lazy.engines.contract import Engine, Preflight
+from ntk_lazy.engines.factors import FactorEngine
+from ntk_lazy.engines.gram import GramEngine
+from ntk_lazy.engines.planned import Alternative, PlannedEngine
 from ntk_lazy.errors import ArgumentError
 from ntk_lazy.model import FunctionalModel
 from ntk_lazy.outputs import OutputLayout
 
-EngineName: TypeAlias = Literal["auto", "autodiff"]
+EngineName: TypeAlias = Literal["auto", "autodiff", "factors", "gram"]
+
+_SHOWN = 5  # parameters without factors that an explanation names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,14 +40,27 @@ class EngineSettings:
     chunk_size: int | None
 
     def __post_init__(self) -> None:
-        if self.engine not in ("auto", "autodiff"):
-            raise ArgumentError(f"engine must be 'auto' or 'autodiff', not {self.engine!r}.")
+        if self.engine not in get_args(EngineName):
+            raise ArgumentError(
+                f"engine must be one of {', '.join(map(repr, get_args(EngineName)))}, not {self.engine!r}."
+            )
         if self.max_dense_bytes < 0:
             raise ArgumentError(f"max_dense_bytes must not be negative, as {self.max_dense_bytes} is.")
 
     def build(self, model: FunctionalModel, layout: OutputLayout, preflight: Preflight) -> Engine:
         """Build the engine for a model that has passed its preflight."""
-        return AutodiffEngine(model, layout, preflight=preflight, budget=self.memory_budget, chunk_size=self.chunk_size)
+        budget, limit, size = self.memory_budget, self.max_dense_bytes, self.chunk_size
+        if self.engine == "auto":
+            return PlannedEngine(
+                model, layout, preflight=preflight, budget=budget, max_dense_bytes=limit, chunk_size=size
+            )
+        if self.engine == "autodiff":
+            return AutodiffEngine(model, layout, preflight=preflight, budget=budget, chunk_size=size)
+        if self.engine == "factors":
+            return FactorEngine(model, layout, preflight=preflight, budget=budget, chunk_size=size)
+        # One half of the budget for K, the other for what it is made of.
+        tiles = FactorEngine(model, layout, preflight=preflight, budget=budget // 2, chunk_size=size)
+        return GramEngine(tiles, budget=budget // 2, max_dense_bytes=limit)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +75,10 @@ class Plan:
         dtype: Of K.
         device: Of K.
         preflight: What the check of the model found.
-        num_columns: Columns that the plan is for.
+        num_columns: Columns of a product that the plan is for.
+        num_products: Products in a row, of the same kernel.
+        engine: The engine that multiplies.
+        alternatives: What each engine would take, the chosen one first; none where the user chose.
         chunks: Examples and columns at once, and the bytes that they hold.
         memory_budget: Bytes allowed.
     """
@@ -70,13 +91,49 @@ class Plan:
     device: torch.device
     preflight: Preflight
     num_columns: int
+    num_products: int
+    engine: str
+    alternatives: tuple[Alternative, ...]
     chunks: Chunks
     memory_budget: int
 
-    @property
-    def engine(self) -> str:
-        """The engine that multiplies."""
-        return "autodiff"
+    @classmethod
+    def of(
+        cls,
+        engine: Engine,
+        settings: EngineSettings,
+        *,
+        shape: tuple[int, ...],
+        num_examples: tuple[int, int],
+        is_symmetric: bool,
+        preflight: Preflight,
+        num_columns: int,
+        num_products: int,
+    ) -> Self:
+        """Plan ``num_products`` products with ``num_columns`` columns for an engine that was built."""
+        name: str = settings.engine
+        alternatives: tuple[Alternative, ...] = ()
+        if isinstance(engine, PlannedEngine):
+            alternatives = engine.alternatives(
+                num_examples, is_symmetric=is_symmetric, columns=num_columns, calls=num_products
+            )
+            name, engine = alternatives[0].engine, engine.choice(alternatives[0].engine)
+        model = engine.model
+        return cls(
+            shape=shape,
+            num_examples=num_examples,
+            layout=engine.layout,
+            num_params=model.num_params,
+            dtype=model.dtype,
+            device=model.device,
+            preflight=preflight,
+            num_columns=num_columns,
+            num_products=num_products,
+            engine=name,
+            alternatives=alternatives,
+            chunks=engine.chunks(max(num_examples), num_columns),
+            memory_budget=settings.memory_budget,
+        )
 
     @property
     def predicted_bytes(self) -> int:
@@ -85,8 +142,19 @@ class Plan:
 
     @property
     def predicted_flops(self) -> float:
-        """``12 N P`` for each column and pass: exact for dense layers, a lower bound where parameters are shared."""
-        return 6.0 * sum(self.num_examples) * self.num_params * self.num_columns * self.layout.passes
+        """``12 N P`` for each column and pass by automatic differentiation, ``4 N P`` by factors.
+
+        Exact for dense layers, a lower bound where parameters are shared. With K kept, ``2 n1 n2``.
+        """
+        if self.engine == "gram":
+            return 2.0 * prod(self.shape) * self.num_columns
+        return (
+            (6.0 if self.engine == "autodiff" else 2.0)
+            * sum(self.num_examples)
+            * self.num_params
+            * self.num_columns
+            * self.layout.passes
+        )
 
     @property
     def dense_bytes(self) -> int:
@@ -96,16 +164,29 @@ class Plan:
     def __str__(self) -> str:
         shape = " x ".join(f"{size:,}" for size in self.shape)
         examples = " and ".join(f"{n:,}" for n in dict.fromkeys(self.num_examples))
+        job = f"{self.num_columns:,} columns" + (f", {self.num_products:,} times" if self.num_products > 1 else "")
+        uncovered = self.preflight.coverage.uncovered
+        covered = sum(cost.num_params for cost in self.preflight.coverage.costs.values())
         lines = [
             f"NTK {shape}, {self.dtype}, on {self.device}",
             f"  rows     N = {examples} examples, C = {self.layout.num_outputs} outputs ({self.layout.mode!r}), "
             f"P = {self.num_params:,} parameters",
-            f"  engine   {self.engine}, {self.preflight.mode}",
+            f"  engine   {self.engine}, for {job}",
             f"  chunks   {self.chunks.examples:,} examples x {self.chunks.columns:,} of {self.num_columns:,} columns",
             f"  memory   {_size(self.predicted_bytes)} predicted, {_size(self.memory_budget)} allowed; "
             f"K written down would take {_size(self.dense_bytes)}",
             f"  work     about {self.predicted_flops:.2g} flop for {self.num_columns:,} columns",
+            f"  factors  for {covered:,} of {self.num_params:,} parameters; automatic differentiation is "
+            f"{self.preflight.mode}",
         ]
+        for name, reason in list(uncovered.items())[:_SHOWN]:
+            lines.append(f"           {name}: {reason}")
+        if len(uncovered) > _SHOWN:
+            lines.append(f"           and {len(uncovered) - _SHOWN} more parameters without factors")
+        for i, way in enumerate(self.alternatives):
+            held = "over the budget" if way.num_bytes is None else _size(way.num_bytes)
+            head = "  predict  " if i == 0 else "           "
+            lines.append(f"{head}{way.engine:<9}{way.seconds:9.3g} s  {held:>15}  {way.how}")
         return "\n".join([*lines, *(f"  note     {note}" for note in self.preflight.notes)])
 
 

@@ -33,7 +33,8 @@ def test_float32_products_use_no_reduced_precision_and_leave_the_switches_alone(
 def test_a_product_does_not_wait_for_the_host():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 1)).cuda()
-    K = nl.ntk(net, torch.randn(100, 8, device="cuda"), chunk_size=30).detach()
+    # The factor engine waits at each use of a parameter while it captures a chunk, to see that its examples hold.
+    K = nl.ntk(net, torch.randn(100, 8, device="cuda"), engine="autodiff", chunk_size=30).detach()
     V = torch.randn(100, 4, device="cuda")
     K @ V
     torch.cuda.set_sync_debug_mode("error")

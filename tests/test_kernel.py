@@ -129,7 +129,7 @@ def test_a_memory_budget_is_written_in_many_ways(model, x, budget):
         {"chunk_size": 2.5},
         {"chunk_size": "3"},
         {"max_dense_bytes": -1},
-        {"engine": "factors"},
+        {"engine": "dense"},
         {"output_fn": 3},
         {"outputs": 2},
         {"outputs": -3},

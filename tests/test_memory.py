@@ -23,7 +23,7 @@ import ntk_lazy as nl
 from torch import nn
 
 torch.set_num_threads(1)
-N, budget, what, kind = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
+N, budget, what, kind, engine = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:6]
 torch.manual_seed(0)
 if kind == "mlp":
     net = nn.Sequential(
@@ -42,10 +42,10 @@ jobs = {
     "half_gram": lambda K, V: K.half_gram(V),
     "to_dense": lambda K, V: K.to_dense(max_dense_bytes=2**40),
 }
-K = nl.ntk(net, x, memory_budget=budget).detach()
+K = nl.ntk(net, x, engine=engine, memory_budget=budget).detach()
 V = torch.randn(K.shape[0], 16)
 # What the first use of a kernel sets up for the whole process is not a part of any product.
-small = nl.ntk(net, x[:8]).detach()
+small = nl.ntk(net, x[:8], engine=engine).detach()
 for job in jobs.values():
     job(small, V[:16])
 
@@ -63,10 +63,10 @@ print(resident("VmHWM") - before - result.nbytes)
 """
 
 
-def _extra_bytes(num_examples: int, budget: int, what: str, kind: str) -> int:
+def _extra_bytes(num_examples: int, budget: int, what: str, kind: str, engine: str) -> int:
     """Peak resident bytes beside operands and result, in a process of its own."""
     run = subprocess.run(
-        [sys.executable, "-c", _PROGRAM, str(num_examples), str(budget), what, kind],
+        [sys.executable, "-c", _PROGRAM, str(num_examples), str(budget), what, kind, engine],
         capture_output=True,
         text=True,
         check=True,
@@ -76,20 +76,21 @@ def _extra_bytes(num_examples: int, budget: int, what: str, kind: str) -> int:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
+@pytest.mark.parametrize("engine", ["auto", "autodiff", "factors", "gram"])
 @pytest.mark.parametrize("kind", ["mlp", "conv"])
 @pytest.mark.parametrize("what", ["product", "diagonal", "half_gram", "to_dense"])
-def test_peak_memory_stays_under_the_budget(what: str, kind: str):
+def test_peak_memory_stays_under_the_budget(what: str, kind: str, engine: str):
     budget = 80_000_000
     # Under so small a budget K is made of many tiles, each of which needs its rows of J anew.
     num_examples = 300 if what == "to_dense" else 1200
-    assert _extra_bytes(num_examples, budget, what, kind) <= budget
+    assert _extra_bytes(num_examples, budget, what, kind, engine) <= budget
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
 def test_peak_memory_of_a_product_does_not_grow_with_the_number_of_examples():
     budget = 60_000_000
-    few, many = (_extra_bytes(N, budget, "product", "mlp") for N in (1000, 8000))
+    few, many = (_extra_bytes(N, budget, "product", "mlp", "factors") for N in (1000, 8000))
     # Beside the product's own chunks stand V and the result on all rows and outputs, once more by column blocks.
     rows = 2 * 8000 * 16 * 4
     assert many <= max(few, budget) + 2 * rows
@@ -98,8 +99,10 @@ def test_peak_memory_of_a_product_does_not_grow_with_the_number_of_examples():
 def test_the_footprint_of_small_chunks_tells_that_of_large_ones():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 2))
-    rule = nl.ntk(net, torch.randn(400, 8)).gramian.engine.rule
-    seen = _watch(lambda: nl.ntk(net, torch.randn(400, 8), chunk_size=400).detach() @ torch.randn(800, 12))
+    rule = nl.ntk(net, torch.randn(400, 8), engine="autodiff").gramian.engine.rule
+    seen = _watch(
+        lambda: nl.ntk(net, torch.randn(400, 8), engine="autodiff", chunk_size=400).detach() @ torch.randn(800, 12)
+    )
     largest = seen.largest_bytes
     # The whole is at least its largest part; it is at most all activations and tangents of the layers at once.
     assert largest <= rule.footprint.bytes(400, 12) <= 30 * largest
@@ -144,6 +147,8 @@ def _lazily(run) -> None:
 
 def test_k_is_never_written_down_by_products_and_indices(kernel):
     V = torch.randn(131, 5, dtype=torch.float64)
+
+    kernel.explain()  # measures the machine, with matrices of its own
 
     def work():
         K = kernel.detach()
@@ -205,9 +210,11 @@ def test_a_budget_below_one_example_is_refused_with_what_would_fit(kernel):
     with pytest.raises(nl.BudgetError, match="Raise memory_budget") as caught:
         nl.ntk(net, x, memory_budget=10) @ torch.ones(5, 1, dtype=torch.float64)
     assert caught.value.requested_bytes > caught.value.available_bytes == 10
-    one, five = (nl.ntk(net, x, chunk_size=b).explain().predicted_bytes for b in (1, 5))
+    one, five = (nl.ntk(net, x, engine="autodiff", chunk_size=b).explain().predicted_bytes for b in (1, 5))
     with pytest.raises(nl.BudgetError, match="use a chunk of") as caught:
-        nl.ntk(net, x, memory_budget=(one + five) // 2, chunk_size=5) @ torch.ones(5, 1, dtype=torch.float64)
+        nl.ntk(net, x, engine="autodiff", memory_budget=(one + five) // 2, chunk_size=5) @ torch.ones(
+            5, 1, dtype=torch.float64
+        )
     assert 1 <= caught.value.largest_chunk < 5
 
 
@@ -251,7 +258,8 @@ def test_what_was_kept_is_forgotten_behind_the_context():
 def test_linearisations_are_kept_only_where_the_budget_is_ample(budget, forward_passes):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(3, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 1)).double()
-    K = nl.ntk(net, torch.randn(6400, 3, dtype=torch.float64), chunk_size=400, memory_budget=budget).detach()
+    K = nl.ntk(net, torch.randn(6400, 3, dtype=torch.float64), engine="autodiff", chunk_size=400, memory_budget=budget)
+    K = K.detach()
     assert (K.gramian.engine.rule.held(400, 16) <= budget // 4) == (forward_passes == 16)
     calls = []
     net.register_forward_hook(lambda *_: calls.append(1))

@@ -54,8 +54,8 @@ class HalfGram(Protocol):
 class Linearised(Protocol):
     """An operator that can keep what its products have in common, for as long as it does not change."""
 
-    def linearised(self) -> AbstractContextManager[None]:
-        """Keep it within the context."""
+    def linearised(self, num_columns: int = 1) -> AbstractContextManager[None]:
+        """Keep it within the context, in which about so many columns will be multiplied."""
         ...
 
 

@@ -100,7 +100,8 @@ def eigsh(  # noqa: PLR0913 - the public signature is fixed by the design
     check_start(start, draw=draw)
     num_outputs = _num_outputs(operator)
     chosen = _choose(k, n, num_outputs) if solver == "auto" else solver
-    limit = max_products or _generous_limit(chosen, n, typical_products(k, num_outputs))
+    expected = n if isinstance(chosen, Dense) else typical_products(k, num_outputs)
+    limit = max_products or _generous_limit(chosen, n, expected)
     product = Product(operator, max_products=limit)
     widths = block_size(chosen, k, num_outputs=num_outputs, product=product, draw=draw)
     method, name = _build(chosen, product, draw, k=k, widths=widths, start=start, rtol=rtol)
@@ -112,7 +113,7 @@ def eigsh(  # noqa: PLR0913 - the public signature is fixed by the design
         fresh_width=0 if isinstance(chosen, Dense) else widths[0],
         method=name,
     )
-    kept = A.linearised() if isinstance(A, Linearised) else nullcontext()
+    kept = A.linearised(round(expected)) if isinstance(A, Linearised) else nullcontext()
     with kept, progress_display(progress, num_wanted=k) as callback:
         result = Search(task, product, method, draw, callback).run()
     if result.status != "converged" and on_unconverged == "raise":

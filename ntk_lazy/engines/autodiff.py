@@ -54,7 +54,7 @@ class AutodiffEngine(Engine):
 
     @override
     @contextmanager
-    def linearised(self) -> Iterator[None]:
+    def linearised(self, num_columns: int = 1) -> Iterator[None]:
         whole = self.rule
         if self._kept is not None or whole.held(whole.chunk_size or 1, _WIDE) > whole.budget // 4:
             yield

@@ -43,6 +43,16 @@ def parse_budget(budget: int | float | str | None, device: torch.device) -> int:
     return int(budget)
 
 
+def slack(device_type: str) -> float:
+    """How much more than its tensors a computation takes on a kind of device."""
+    return _SLACK.get(device_type, _SLACK["cpu"])
+
+
+def working_set(device_type: str) -> int:
+    """Bytes that a chunk may use to advantage."""
+    return _WORKING_SET.get(device_type, _WORKING_SET["cpu"])
+
+
 def slices(total: int, size: int) -> Iterator[slice]:
     """Cut ``range(total)`` into pieces of at most ``size``."""
     for start in range(0, total, size):
@@ -86,12 +96,11 @@ class ChunkRule:
 
     def held(self, examples: int, columns: int) -> int:
         """Bytes of one chunk, with what allocators and kernels take for themselves."""
-        slack = _SLACK.get(self.device_type, _SLACK["cpu"])
-        return int(slack * self.footprint.bytes(examples, columns * self.passes))
+        return int(slack(self.device_type) * self.footprint.bytes(examples, columns * self.passes))
 
     def kept(self, examples: int) -> int:
         """Bytes of the linearisation of one chunk, if it is kept for the next product."""
-        return int(_SLACK.get(self.device_type, _SLACK["cpu"]) * self.activation_bytes * examples)
+        return int(slack(self.device_type) * self.activation_bytes * examples)
 
     def fit(self, num_examples: int, num_columns: int) -> Chunks:
         """Choose chunks: as many columns as half of the budget holds, then as many examples as the rest does.
@@ -116,16 +125,15 @@ class ChunkRule:
         if self.chunk_size is not None:
             examples = least
         else:
-            room = min(self.budget, self.held(1, columns) + _WORKING_SET.get(self.device_type, _WORKING_SET["cpu"]))
+            room = min(self.budget, self.held(1, columns) + working_set(self.device_type))
             examples = max(1, _largest(num_examples, lambda b: self.held(b, columns) <= room))
         return Chunks(examples, columns, self.held(examples, columns))
 
     def fit_rows(self, rows_and_passes: int) -> int:
         """Choose how many examples may have their rows of J in memory, two sets at once."""
-        slack = _SLACK.get(self.device_type, _SLACK["cpu"])
         # While rows are gathered, each gradient exists twice: by parameter, and in its place in the flat row.
         per_example = self.activation_bytes * (1 + 2 * rows_and_passes) + 3 * self.parameter_bytes * rows_and_passes
-        per_example = int(slack * per_example)
+        per_example = int(slack(self.device_type) * per_example)
         if per_example > self.budget:
             raise BudgetError(
                 f"the rows of J of one example take {per_example:,} bytes, but the budget is {self.budget:,}. "
@@ -133,7 +141,7 @@ class ChunkRule:
                 requested_bytes=per_example,
                 available_bytes=self.budget,
             )
-        room = min(self.budget, 4 * _WORKING_SET.get(self.device_type, _WORKING_SET["cpu"]))
+        room = min(self.budget, 4 * working_set(self.device_type))
         fits = max(1, room // per_example)
         return min(fits, self.chunk_size or fits)
 

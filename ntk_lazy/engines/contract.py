@@ -7,13 +7,16 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ntk_lazy.engines.chunks import Chunks
+from ntk_lazy.engines.coverage import Coverage
 from ntk_lazy.engines.footprint import Footprint
 from ntk_lazy.model import FunctionalModel
 from ntk_lazy.outputs import OutputLayout
+from ntk_lazy.precision import ieee_precision
 from ntk_lazy.shapes import Block, SmallMatrix
 
 # Names of the inputs among the names of parameters; no parameter of a module can be called so.
@@ -21,6 +24,7 @@ X1, X2 = "<x1>", "<x2>"
 
 OtherBlock: TypeAlias = Float[Tensor, "n2 k"]
 ColumnsFirst: TypeAlias = Float[Tensor, "columns features"]
+GramMatrix: TypeAlias = Float[Tensor, "n1 n2"]
 ExampleRows: TypeAlias = Float[Tensor, "examples rows features"]
 
 
@@ -33,8 +37,10 @@ class Preflight:
         per_example_vmap: Whether the gradient of one example can be vectorised over examples.
         num_outputs: C, outputs of one example with all trailing dimensions flattened.
         writes_buffers: Whether the forward pass changes a buffer, so that each call needs its own copies.
+        forward_flops: Operations of a forward pass over one example, as far as they can be counted.
         activation_bytes: Saved for the backward pass of one example, parameters excluded.
         footprint: Bytes of ``Jᵀ`` and then J, as a function of examples and columns.
+        coverage: For which parameters J can be had as factors.
         draws_numbers: Whether it draws random numbers, which must not move the user's generator.
         notes: What a reader should know, such as the module that forced a fallback.
     """
@@ -43,8 +49,10 @@ class Preflight:
     per_example_vmap: bool
     num_outputs: int
     writes_buffers: bool
+    forward_flops: float
     activation_bytes: int
     footprint: Footprint
+    coverage: Coverage
     draws_numbers: bool = False
     notes: tuple[str, ...] = ()
 
@@ -67,8 +75,12 @@ class Engine(ABC):
         return self.layout.passes * self.model.num_params
 
     @abstractmethod
-    def linearised(self) -> AbstractContextManager[None]:
-        """Keep, within the context, what products have in common; parameters and inputs must not change in it."""
+    def linearised(self, num_columns: int = 1) -> AbstractContextManager[None]:
+        """Keep, within the context, what products have in common; parameters and inputs must not change in it.
+
+        Args:
+            num_columns: Columns that are expected, in all products together.
+        """
 
     @abstractmethod
     def pull(self, x: Tensor, V: Block) -> ColumnsFirst:
@@ -89,6 +101,29 @@ class Engine(ABC):
     @abstractmethod
     def rows(self, x: Tensor) -> ExampleRows:
         """Return the rows of J of these examples, all at once; follows the caller's grad mode."""
+
+    def gram(self, x1: Tensor, x2: Tensor, out: GramMatrix) -> None:
+        """Write ``J1 J2ᵀ`` into ``out``, tile by tile; of a symmetric one half is computed. Builds no graph.
+
+        Args:
+            x1: Examples of the rows.
+            x2: Examples of the columns; ``x1`` itself makes it symmetric.
+            out: Shape ``(rows of x1, rows of x2)``; overwritten.
+
+        Cost: ``2 n1 n2 P`` flops, half of that for a symmetric K, and the rows of J once for each tile.
+        """
+        r = self.layout.rows_per_example
+        with torch.no_grad(), ieee_precision():
+            for i in self.row_chunks(x1.shape[0]):
+                left = self.rows(x1[i]).reshape(-1, self.num_features)
+                tall = slice(i.start * r, i.stop * r)
+                for j in self.row_chunks(x2.shape[0]):
+                    wide = slice(j.start * r, j.stop * r)
+                    if x1 is x2 and j.start < i.start:
+                        out[tall, wide] = out[wide, tall].mT
+                        continue
+                    right = left if x1 is x2 and i == j else self.rows(x2[j]).reshape(-1, self.num_features)
+                    out[tall, wide] = left @ right.mT
 
     @abstractmethod
     def chunks(self, num_examples: int, num_columns: int) -> Chunks:

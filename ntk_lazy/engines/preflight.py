@@ -15,9 +15,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from ntk_lazy.engines import suspects
 from ntk_lazy.engines.contract import Preflight
+from ntk_lazy.engines.coverage import Coverage
 from ntk_lazy.engines.flat import FlatLayout
 from ntk_lazy.engines.footprint import Footprint
 from ntk_lazy.engines.forward_pass import ForwardPass
@@ -36,6 +38,8 @@ from ntk_lazy.engines.suspects import TRANSFORM_ERRORS, Call, named
 from ntk_lazy.errors import NonFiniteError, UnsupportedModuleError
 from ntk_lazy.model import FunctionalModel, generators_kept
 from ntk_lazy.precision import differentiable_attention, ieee_precision
+
+_PROBES = 3
 
 
 def check(model: FunctionalModel, x: Tensor) -> Preflight:
@@ -63,20 +67,25 @@ def check(model: FunctionalModel, x: Tensor) -> Preflight:
         forward.check_determinism()
         model = replace(model, has_private_buffers=forward.writes_buffers, keeps_generators=forward.draws_numbers)
         activation_bytes = _measure_activations(model, x)
+        with FlopCounterMode(display=False) as counter:
+            model(model.params, x)
         _refuse_known(forward)
         by_example = _check_independence(model, forward)
         _refuse_dropped_gradients(caught)
         mode, note = _choose_mode(model, forward)
         vectorises = mode == "forward-over-reverse" and _vectorises(model, forward, by_example, caught)
         footprint = _measure_footprint(model, x, mode, activation_bytes)
+        coverage = _find_factors(model, forward, by_example)
     return Preflight(
         mode=mode,
         per_example_vmap=vectorises,
         num_outputs=forward.output.shape[1],
         writes_buffers=forward.writes_buffers,
         draws_numbers=forward.draws_numbers,
+        forward_flops=counter.get_total_flops() / x.shape[0],
         activation_bytes=activation_bytes,
         footprint=footprint,
+        coverage=coverage,
         notes=(note,) if note else (),
     )
 
@@ -312,6 +321,24 @@ def _vectorises(
         for i, row in enumerate(by_example)
         for name, g in row.items()
     )
+
+
+def _find_factors(model: FunctionalModel, forward: ForwardPass, by_example: list[Tangents]) -> Coverage:
+    """Find out for which parameters J can be had as factors, and check them against the gradients of each example."""
+    # Three examples, whatever there are: the place of the examples in a tensor does not show with one of them.
+    members = [i % len(by_example) for i in range(_PROBES)]
+    scale = max(largest(*g.values()) for g in by_example)
+
+    def agrees(name: str, rows: Tensor) -> bool:
+        expected = torch.stack([by_example[i][name].reshape(2, -1) / _weight(i) for i in members])
+        return not forward.rounding.separates(rows, expected.to(rows.dtype), scale=scale)
+
+    try:
+        return Coverage.of(model, forward.x[members], cotangents=_cotangents(forward.output), agrees=agrees)
+    except torch.OutOfMemoryError:
+        raise
+    except TRANSFORM_ERRORS as error:
+        return Coverage({}, dict.fromkeys(model.params, suspects.first_line(error)))
 
 
 def _cotangents(output: Tensor) -> Tensor:

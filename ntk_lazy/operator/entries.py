@@ -59,23 +59,11 @@ def paired_entries(engine: Engine, side1: Side, side2: Side, rows: Tensor, cols:
     return found[places.argsort()]
 
 
-@ieee_precision()
-def dense(engine: Engine, side1: Side, side2: Side, *, is_symmetric: bool) -> Tensor:
-    """Write down all of K, tile by tile; the lower tiles of a symmetric K are mirrored. Builds no graph."""
-    r, num_features = side1.rows_per_example, engine.num_features
-    model = engine.model
+def dense(engine: Engine, side1: Side, side2: Side) -> Tensor:
+    """Write down all of K. Builds no graph."""
+    r, model = side1.rows_per_example, engine.model
     full = torch.empty(side1.num_examples * r, side2.num_examples * r, dtype=model.dtype, device=model.device)
-    with torch.no_grad():
-        for i in engine.row_chunks(side1.num_examples):
-            left = engine.rows(side1.x[i]).reshape(-1, num_features)
-            tall = slice(i.start * r, i.stop * r)
-            for j in engine.row_chunks(side2.num_examples):
-                wide = slice(j.start * r, j.stop * r)
-                if is_symmetric and j.start < i.start:
-                    full[tall, wide] = full[wide, tall].mT
-                    continue
-                right = left if is_symmetric and i == j else engine.rows(side2.x[j]).reshape(-1, num_features)
-                full[tall, wide] = left @ right.mT
+    engine.gram(side1.x, side2.x, full)
     full = full if side1.selected is None else full[side1.selected]
     return full if side2.selected is None else full[:, side2.selected]
 

@@ -112,10 +112,7 @@ class Gramian:
 
     def dense(self) -> Tensor:
         """Compute all of K, in the caller's grad mode."""
-        members = [
-            dense(self.engine, side1, side2, is_symmetric=self.side2 is None)
-            for _, side1, side2 in self._members(self.batch_shape)
-        ]
+        members = [dense(self.engine, side1, side2) for _, side1, side2 in self._members(self.batch_shape)]
         return self._scaled(torch.stack(members).reshape(self.shape))
 
     def bilinear(self, left: Tensor, right: Tensor, *, wrt: set[str]) -> BilinearGradient:

@@ -157,37 +157,38 @@ class NTKLinearOperator(LinearOperator):  # type: ignore[misc]  # linear_operato
         """The rows of a long vector that this process holds: all of them."""
         return Rows(self._gramian.side1.num_rows)
 
-    def explain(self, num_columns: int = 1) -> Plan:
-        """Say what a product with ``num_columns`` columns will do, before it runs.
+    def explain(self, num_columns: int = 1, num_products: int = 1) -> Plan:
+        """Say what products with ``num_columns`` columns will do, before they run.
+
+        Args:
+            num_columns: Columns of one product.
+            num_products: Products in a row: ``eigsh(K, k)`` makes about ``1.75 k / b + 5``, of b columns.
 
         Returns:
-            The plan: engine, chunks, predicted bytes and flops; ``print`` it.
+            The plan: engine, chunks, predicted bytes, flops and seconds; ``print`` it.
 
         Raises:
             BudgetError: Not even one example and one column fit the memory budget.
         """
-        examples = (self._gramian.side1.num_examples, self._gramian.columns.num_examples)
-        return Plan(
+        return Plan.of(
+            self._gramian.engine,
+            self._settings,
             shape=tuple(self.shape),
-            num_examples=examples,
-            layout=self._layout,
-            num_params=self.num_params,
-            dtype=self.dtype,
-            device=self.device,
+            num_examples=(self._gramian.side1.num_examples, self._gramian.columns.num_examples),
+            is_symmetric=self.is_symmetric,
             preflight=self._preflight,
             num_columns=num_columns,
-            chunks=self._gramian.engine.chunks(max(examples), num_columns),
-            memory_budget=self._settings.memory_budget,
+            num_products=num_products,
         )
 
-    def linearised(self) -> AbstractContextManager[None]:
+    def linearised(self, num_columns: int = 1) -> AbstractContextManager[None]:
         """Keep the forward passes of the model between the products that are made within this context.
 
         Half of the memory budget goes to the chunks that are kept; nothing is kept where the budget is scarce.
         ``eigsh`` does this itself. One forward pass a product is saved: see ``benchmarks/products.py``. Parameters and
         inputs must not change within the context: products would not notice.
         """
-        return self._gramian.engine.linearised()
+        return self._gramian.engine.linearised(num_columns)
 
     # Beyond a matrix: the factors of K, and K at other points.
 

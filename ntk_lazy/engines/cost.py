@@ -1,0 +1,105 @@
+"""What each engine would take: operations and bytes, turned into seconds by two rates of the machine.
+
+The formulas count what dominates; each divides by the share of the rate of large matrix products that its kind of work
+reaches on CPUs. They rank engines and predict within a factor of two; they promise nothing finer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+from ntk_lazy.engines.contract import Preflight
+from ntk_lazy.engines.coverage import LayerCost
+from ntk_lazy.engines.rates import Rates
+from ntk_lazy.engines.uses import contraction_cost
+from ntk_lazy.outputs import OutputLayout
+
+_SHARE_OF_RATE = {"autodiff": 0.7, "autodiff over positions": 0.3, "factors": 0.8, "gram": 0.6, "passes": 0.4}
+
+
+@final
+@dataclass(frozen=True)
+class CostModel:
+    """Predicts seconds for one kernel between ``n1`` and ``n2`` examples.
+
+    Attributes:
+        preflight: What is known of the model.
+        layout: Rows of J for an example.
+        num_params: P.
+        num_examples: n1 and n2; the same kernel on both sides counts once where that saves work.
+        is_symmetric: Whether the two sides are the same.
+        itemsize: Bytes of a number.
+        rates: Of the machine.
+    """
+
+    preflight: Preflight
+    layout: OutputLayout
+    num_params: int
+    num_examples: tuple[int, int]
+    is_symmetric: bool
+    itemsize: int
+    rates: Rates
+
+    def autodiff(self, columns: int, calls: int = 1) -> float:
+        """Products by automatic differentiation: a forward and a backward pass, a forward and a tangent pass."""
+        positions = max((c.num_positions for c in self.preflight.coverage.costs.values()), default=1)
+        share = _SHARE_OF_RATE["autodiff" if positions == 1 else "autodiff over positions"]
+        flops = self._forward * (1 + 2.0 * columns * self.layout.passes) * sum(self.num_examples)
+        return calls * flops / (share * self.rates.flops)
+
+    def capture(self) -> float:
+        """A forward pass and ``q + 1`` backward passes over the activations."""
+        q = self.layout.rows_per_example * self.layout.passes
+        examples = self.num_examples[0] if self.is_symmetric else sum(self.num_examples)
+        return examples * self._forward * (2 + q) / (_SHARE_OF_RATE["passes"] * self.rates.flops)
+
+    def factors(self, columns: int, calls: int = 1, *, is_kept: bool) -> float:
+        """Products from factors, which are captured once if they are kept."""
+        q = self.layout.rows_per_example
+        one = sum(contraction_cost(*_sizes(c, self.itemsize), q=q, k=columns) for c in self._covered)
+        # Each formula is for both halves of a product: one over the examples of each side.
+        work = self.layout.passes * one * sum(self.num_examples) / 2
+        seconds = calls * work / (_SHARE_OF_RATE["factors"] * self.rates.flops) + self._rest(columns, calls)
+        return seconds + self.capture() * (1 if is_kept else 2 * calls)
+
+    def gram(self) -> float:
+        """Writing K down, from factors that are captured for it."""
+        q, (n1, n2) = self.layout.rows_per_example, self.num_examples
+        half = 0.5 if self.is_symmetric else 1.0
+        flops = moved = 0.0
+        for c in self._covered:
+            S, o, i = _sizes(c, self.itemsize)[:3]
+            if S == 1 and i > 1:
+                flops += half * 2.0 * n1 * n2 * (i + q * q * o)
+                moved += half * 3.0 * n1 * n2 * q * q * self.itemsize
+            else:
+                flops += 2.0 * (n1 + n2) * S * q * o * i + half * 2.0 * n1 * n2 * q * q * o * i
+        uncovered = self.num_params - sum(c.num_params for c in self._covered)
+        flops += half * 2.0 * n1 * n2 * q * q * uncovered
+        seconds = flops / (_SHARE_OF_RATE["gram"] * self.rates.flops) + moved / self.rates.bytes
+        return self.layout.passes * seconds + self.capture()
+
+    def kept_products(self, columns: int, calls: int = 1) -> float:
+        """Products with a K that is there: by its operations or by reading it, whichever takes longer."""
+        n1, n2 = (n * self.layout.rows_per_example for n in self.num_examples)
+        return calls * max(2.0 * n1 * n2 * columns / self.rates.flops, n1 * n2 * self.itemsize / self.rates.bytes)
+
+    @property
+    def _covered(self) -> list[LayerCost]:
+        return list(self.preflight.coverage.costs.values())
+
+    @property
+    def _forward(self) -> float:
+        """Operations of a forward pass over one example."""
+        return max(self.preflight.forward_flops, 2.0 * self.num_params)
+
+    def _rest(self, columns: int, calls: int) -> float:
+        """Automatic differentiation for the parameters without factors: its passes go through all layers."""
+        return self.autodiff(columns, calls) if self.preflight.coverage.uncovered else 0.0
+
+
+def _sizes(cost: LayerCost, itemsize: int) -> tuple[int, int, int, int]:
+    """``S, o, i`` and the size of a number: what is kept of a gradient says how many outputs a layer has."""
+    outputs = max(1, cost.gradient_bytes // (itemsize * cost.num_positions))
+    return cost.num_positions, outputs, max(1, cost.num_params // outputs), itemsize

@@ -1,0 +1,180 @@
+"""Which parameters have factors, found out on a few examples and checked against plain autograd there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ntk_lazy.engines.graph import Edge, Placement, edges, output_gradients
+from ntk_lazy.engines.rounding import noise
+from ntk_lazy.engines.rules import rule_for
+from ntk_lazy.engines.uses import Outer, Use
+from ntk_lazy.errors import UnsupportedModuleError
+from ntk_lazy.model import FunctionalModel
+
+_SAME = 1e-3  # gradients that are scaled by different weights differ by more than this
+
+
+class FactorMismatchError(UnsupportedModuleError):
+    """A chunk of examples takes another way through the model than the first examples did."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the model uses its parameters in one way for its first examples and in another for later ones (a branch "
+            "on the data, a router), so that the factors of its layers do not belong to fixed examples. "
+            "Pass engine='autodiff', or leave it to 'auto'."
+        )
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """What one covered parameter costs, for one example and one row of J.
+
+    Attributes:
+        num_params: Entries.
+        source_bytes: What is kept of the input of its layer.
+        gradient_bytes: What is kept of the gradient at its output, for one row of J.
+        num_positions: S; 1 where rows are kept.
+    """
+
+    num_params: int
+    source_bytes: int
+    gradient_bytes: int
+    num_positions: int
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Where the factors of each parameter come from.
+
+    Attributes:
+        costs: Covered parameters.
+        uncovered: Parameters without factors, with the reason.
+    """
+
+    costs: dict[str, LayerCost]
+    uncovered: dict[str, str]
+
+    def factors(self, model: FunctionalModel, x: Tensor, cotangents: Float[Tensor, "q C"]) -> dict[str, list[Use]]:
+        """Run one chunk of examples through the model and keep the factors of all covered parameters.
+
+        Cost: one forward pass, and ``q + 1`` backward passes that form no gradient of a parameter: the last one checks
+            that each part of each factor belongs to the example that it is taken for.
+
+        Raises:
+            FactorMismatchError: The model uses its parameters in another way than on the first examples.
+        """
+        found: dict[str, list[Use]] = {name: [] for name in self.costs}
+        # One example alone often takes another way through a model than a batch: its tensors are contiguous.
+        num_examples, x = x.shape[0], torch.cat([x, x]) if x.shape[0] == 1 else x
+
+        def keep(output: Tensor, leaves: dict[str, Tensor]) -> None:
+            for edge, use in _uses(output, leaves, cotangents, wanted=found.keys(), dtype=model.dtype):
+                if use is None:
+                    raise FactorMismatchError
+                found[edge.name].append(use.first(num_examples))
+
+        _with_graph(model, x, keep)
+        return found
+
+    @classmethod
+    def of(
+        cls,
+        model: FunctionalModel,
+        x: Tensor,
+        *,
+        cotangents: Float[Tensor, "q C"],
+        agrees: Callable[[str, Float[Tensor, "b q p"]], bool],
+    ) -> Coverage:
+        """Look for factors and check them.
+
+        Args:
+            model: The model.
+            x: A few examples.
+            cotangents: Rows of J to compare.
+            agrees: Compares rows of J of one parameter, made from factors, with what plain autograd gave.
+
+        Cost: about a dozen passes over ``x``.
+        """
+        uses: dict[str, list[Use]] = {}
+        uncovered: dict[str, str] = {}
+
+        def explore(output: Tensor, leaves: dict[str, Tensor]) -> None:
+            for edge, use in _uses(output, leaves, cotangents, wanted=leaves.keys(), dtype=model.dtype):
+                if use is None:
+                    uncovered.setdefault(edge.name, f"no rule fits {edge.operation}, which uses it")
+                else:
+                    uses.setdefault(edge.name, []).append(use)
+
+        _with_graph(model, x, explore)
+        for name, found in uses.items():
+            if name not in uncovered and not agrees(name, sum(use.rows() for use in found)):  # type: ignore[arg-type]
+                uncovered[name] = "its factors disagree with autograd"
+        for name in model.params.keys() - uses.keys() - uncovered.keys():
+            uncovered[name] = "it does not reach the output of the first examples"
+        covered = {name: _cost(found, x.shape[0]) for name, found in uses.items() if name not in uncovered}
+        return cls(covered, uncovered)
+
+
+def _uses(
+    output: Tensor, leaves: dict[str, Tensor], cotangents: Tensor, *, wanted: Collection[str], dtype: torch.dtype
+) -> Iterator[tuple[Edge, Use | None]]:
+    """Make factors of all uses that the output depends on; None where no rule fits.
+
+    A second backward pass gives each example another weight. What is scaled by the weight of an example belongs to it:
+    nothing is taken for granted about the order in which a layer sees examples and positions.
+    """
+    used = [edge for edge in edges(output, leaves) if edge.name in wanted]
+    b = output.shape[0]
+    weights = noise((b,), like=output, seed=b)
+    together = cotangents.to(output.dtype).sum(0)
+    plain = _gradients(output, used, cotangents)
+    weighted = _gradients(output, used, (together * weights[:, None])[None])
+    for edge, G, H in zip(used, plain, weighted, strict=True):
+        if not bool(G.any()):
+            continue
+        placement = Placement.detect(G.sum(0), H[0], weights, tolerance=_SAME)
+        rule = rule_for(edge)
+        if placement is None or rule is None:
+            yield edge, None
+        else:
+            yield edge, rule(edge, leaves[edge.name].shape, G.to(dtype), placement, b)
+
+
+def _gradients(output: Tensor, used: list[Edge], cotangents: Tensor) -> list[Tensor]:
+    """Gradients at the operations of edges, each operation once."""
+    nodes = list({id(edge.node): edge.node for edge in used}.values())
+    if not nodes:
+        return []
+    by_node = dict(zip(map(id, nodes), output_gradients(output, nodes, cotangents), strict=True))
+    return [by_node[id(edge.node)] for edge in used]
+
+
+def _with_graph(model: FunctionalModel, x: Tensor, then: Callable[[Tensor, dict[str, Tensor]], None]) -> None:
+    """Run the model with a graph over its parameters."""
+    leaves = {name: p.detach().requires_grad_() for name, p in model.params.items()}
+    fixed = replace(model, constants=_detached(model.constants))
+    with torch.enable_grad():
+        fixed.evaluate(leaves, x.detach(), lambda output: then(output, leaves))
+
+
+def _detached(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: t.detach() for name, t in tensors.items()}
+
+
+def _cost(uses: list[Use], num_examples: int) -> LayerCost:
+    sources = sum(u.source.nbytes for u in uses if isinstance(u, Outer))
+    total = sum(u.num_bytes for u in uses)
+    rows = uses[0].rows(slice(0, 1))
+    q = rows.shape[1]
+    positions = max((u.G.shape[2] for u in uses if isinstance(u, Outer)), default=1)
+    return LayerCost(
+        num_params=rows.shape[2],
+        source_bytes=-(-sources // num_examples),
+        gradient_bytes=-(-(total - sources) // (num_examples * q)),
+        num_positions=positions,
+    )

@@ -1,0 +1,130 @@
+"""The engine that writes K down: tiles from another engine, kept where they fit, else made anew for each product."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import final
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from ntk_lazy.engines.chunks import Chunks, slices
+from ntk_lazy.engines.contract import ColumnsFirst, Engine, ExampleRows, GramMatrix, OtherBlock
+from ntk_lazy.errors import BudgetError
+from ntk_lazy.precision import ieee_precision
+from ntk_lazy.shapes import Block, SmallMatrix
+
+
+@final
+class GramEngine(Engine):
+    """Products with K itself.
+
+    Cost of K: that of ``inner.gram``. A product with k columns of a K that is kept takes ``2 n1 n2 k`` flops.
+    Memory: K, or a strip of its rows, under the budget; and what ``inner`` holds.
+    """
+
+    def __init__(self, inner: Engine, *, budget: int, max_dense_bytes: int) -> None:
+        super().__init__(inner.model, inner.layout)
+        self.inner = inner
+        self.budget = budget
+        self.max_dense_bytes = max_dense_bytes
+        self._kept: dict[tuple[object, ...], GramMatrix] | None = None
+
+    def fits(self, num_examples1: int, num_examples2: int) -> bool:
+        """Whether K may be written down and kept."""
+        return self._bytes(num_examples1, num_examples2) <= min(self.budget, self.max_dense_bytes)
+
+    @override
+    @contextmanager
+    def linearised(self, num_columns: int = 1) -> Iterator[None]:
+        if self._kept is not None:
+            yield
+            return
+        self._kept = {}
+        try:
+            with self.inner.linearised(num_columns):
+                yield
+        finally:
+            self._kept = None
+
+    @override
+    def product(self, x1: Tensor, x2: Tensor, V: OtherBlock) -> Block:
+        n1, n2 = x1.shape[0], x2.shape[0]
+        if 0 in (n1, n2):
+            return V.new_zeros(n1 * self.layout.rows_per_example, V.shape[1])
+        with torch.no_grad(), ieee_precision():
+            if self._kept is not None and self.fits(n1, n2):
+                key = (x1.data_ptr(), x1.shape, x1.stride(), x2.data_ptr(), x2.shape, x2.stride())
+                if key not in self._kept:
+                    # One kernel at a time: what is kept for another is let go first.
+                    self._kept.clear()
+                    self._kept[key] = self._written(x1, x1 if _is_same_view(x1, x2) else x2)
+                return self._kept[key] @ V
+            if self.fits(n1, n2):
+                return self._written(x1, x1 if _is_same_view(x1, x2) else x2) @ V
+            strips = slices(n1, self._strip(n2))
+            return torch.cat([self._written(x1[strip], x2) @ V for strip in strips])
+
+    @override
+    def gram(self, x1: Tensor, x2: Tensor, out: GramMatrix) -> None:
+        self.inner.gram(x1, x2, out)
+
+    @override
+    def chunks(self, num_examples: int, num_columns: int) -> Chunks:
+        inner = self.inner.chunks(num_examples, 1)
+        held = min(self._bytes(num_examples, num_examples), self._bytes(self._strip(num_examples), num_examples))
+        return Chunks(inner.examples, num_columns, held + inner.bytes)
+
+    @override
+    def pull(self, x: Tensor, V: Block) -> ColumnsFirst:
+        return self.inner.pull(x, V)
+
+    @override
+    def push(self, x: Tensor, W: ColumnsFirst) -> Block:
+        return self.inner.push(x, W)
+
+    @override
+    def half_gram(self, x: Tensor, V: Block) -> SmallMatrix:
+        return self.inner.half_gram(x, V)
+
+    @override
+    def rows(self, x: Tensor) -> ExampleRows:
+        return self.inner.rows(x)
+
+    @override
+    def row_chunks(self, num_examples: int) -> list[slice]:
+        return self.inner.row_chunks(num_examples)
+
+    @override
+    def bilinear_gradient(
+        self, x1: Tensor, x2: Tensor, U: Block, V: OtherBlock, *, wrt: set[str]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.inner.bilinear_gradient(x1, x2, U, V, wrt=wrt)
+
+    def _bytes(self, num_examples1: int, num_examples2: int) -> int:
+        r = self.layout.rows_per_example
+        return num_examples1 * num_examples2 * r * r * self.model.dtype.itemsize
+
+    def _strip(self, num_examples: int) -> int:
+        """Examples whose rows of K fit."""
+        one = self._bytes(1, num_examples)
+        if one > self.budget:
+            raise BudgetError(
+                f"the rows of K of one example take {one:,} bytes, but {self.budget:,}, half of the budget, are for K. "
+                "Raise memory_budget, or use engine='factors'.",
+                requested_bytes=one,
+                available_bytes=self.budget,
+            )
+        return max(1, min(num_examples, self.budget // max(one, 1)))
+
+    def _written(self, x1: Tensor, x2: Tensor) -> GramMatrix:
+        r = self.layout.rows_per_example
+        out = torch.empty(x1.shape[0] * r, x2.shape[0] * r, dtype=self.model.dtype, device=self.model.device)
+        self.inner.gram(x1, x2, out)
+        return out
+
+
+def _is_same_view(x1: Tensor, x2: Tensor) -> bool:
+    return x1.data_ptr() == x2.data_ptr() and x1.shape == x2.shape and x1.stride() == x2.stride()

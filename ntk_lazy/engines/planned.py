@@ -1,0 +1,194 @@
+"""The engine of engines: for each job the cheapest that fits; automatic differentiation where factors fail."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar, final
+
+from torch import Tensor
+from typing_extensions import override
+
+from ntk_lazy.engines.autodiff import AutodiffEngine
+from ntk_lazy.engines.chunks import Chunks
+from ntk_lazy.engines.contract import ColumnsFirst, Engine, ExampleRows, GramMatrix, OtherBlock, Preflight
+from ntk_lazy.engines.cost import CostModel
+from ntk_lazy.engines.coverage import FactorMismatchError
+from ntk_lazy.engines.factors import FactorEngine
+from ntk_lazy.engines.gram import GramEngine
+from ntk_lazy.engines.rates import machine_rates
+from ntk_lazy.errors import BudgetError
+from ntk_lazy.model import FunctionalModel
+from ntk_lazy.outputs import OutputLayout
+from ntk_lazy.shapes import Block, SmallMatrix
+
+Result = TypeVar("Result")
+
+
+@final
+@dataclass(frozen=True)
+class Alternative:
+    """One way of doing a job.
+
+    Attributes:
+        engine: Its name.
+        seconds: Predicted.
+        num_bytes: Held beside operands and result; None where it does not fit the budget.
+        how: In a few words.
+    """
+
+    engine: str
+    seconds: float
+    num_bytes: int | None
+    how: str
+
+
+@final
+class PlannedEngine(Engine):
+    """Choose among the three engines by predicted time, under the budget.
+
+    A model that routes its examples by their values may have factors on the first examples and none later: the first
+    chunk that shows it sends the rest of the work, and that chunk again, to automatic differentiation.
+    """
+
+    def __init__(
+        self,
+        model: FunctionalModel,
+        layout: OutputLayout,
+        *,
+        preflight: Preflight,
+        budget: int,
+        max_dense_bytes: int,
+        chunk_size: int | None,
+    ) -> None:
+        super().__init__(model, layout)
+        self.preflight = preflight
+        self.autodiff = AutodiffEngine(model, layout, preflight=preflight, budget=budget, chunk_size=chunk_size)
+        self.factors: FactorEngine | None = None
+        tiles: Engine = self.autodiff
+        if preflight.coverage.costs:
+            self.factors = FactorEngine(model, layout, preflight=preflight, budget=budget, chunk_size=chunk_size)
+            # One half of the budget for K, the other for what it is made of.
+            tiles = FactorEngine(model, layout, preflight=preflight, budget=budget // 2, chunk_size=chunk_size)
+        self.gram_engine = GramEngine(tiles, budget=budget // 2, max_dense_bytes=max_dense_bytes)
+        self._series: Engine | None = None
+        self._expected: int | None = None
+
+    def choice(self, name: str) -> Engine:
+        """The engine of an alternative."""
+        engines: dict[str, Engine | None] = {"factors": self.factors, "gram": self.gram_engine}
+        return engines.get(name) or self.autodiff
+
+    def alternatives(
+        self, num_examples: tuple[int, int], *, is_symmetric: bool, columns: int, calls: int
+    ) -> tuple[Alternative, ...]:
+        """Predict what each engine would take for some products in a row, cheapest first among those that fit."""
+        rates = machine_rates(self.model.device, self.model.dtype)
+        cost = CostModel(
+            self.preflight,
+            self.layout,
+            self.model.num_params,
+            num_examples,
+            is_symmetric,
+            self.model.dtype.itemsize,
+            rates,
+        )
+        n = max(num_examples)
+        found = [
+            Alternative(
+                "autodiff", cost.autodiff(columns, calls), self._held(self.autodiff, n, columns), self.preflight.mode
+            )
+        ]
+        if self.factors is not None:
+            is_kept = self.factors.keeps(sum(num_examples) if not is_symmetric else n)
+            how = "factors kept" if is_kept else "factors made anew for each product"
+            seconds = cost.factors(columns, calls, is_kept=is_kept)
+            found.append(Alternative("factors", seconds, self._held(self.factors, n, columns), how))
+        if self.gram_engine.fits(*num_examples):
+            seconds = cost.gram() + cost.kept_products(columns, calls)
+            found.append(Alternative("gram", seconds, self._held(self.gram_engine, n, columns), "K kept"))
+        return tuple(sorted(found, key=lambda a: (a.num_bytes is None, a.seconds)))
+
+    @override
+    @contextmanager
+    def linearised(self, num_columns: int = 1) -> Iterator[None]:
+        """Plan for so many columns; the choice is made at the first product, when the examples are known."""
+        if self._expected is not None:
+            yield
+            return
+        self._expected, self._series = max(1, num_columns), None
+        try:
+            with self.autodiff.linearised(), self.gram_engine.linearised(num_columns):
+                yield
+        finally:
+            self._expected, self._series = None, None
+
+    @override
+    def product(self, x1: Tensor, x2: Tensor, V: OtherBlock) -> Block:
+        return self._try(self._engine(x1, x2, V.shape[1]), lambda engine: engine.product(x1, x2, V))
+
+    @override
+    def pull(self, x: Tensor, V: Block) -> ColumnsFirst:
+        return self._try(self._layers, lambda engine: engine.pull(x, V))
+
+    @override
+    def push(self, x: Tensor, W: ColumnsFirst) -> Block:
+        return self._try(self._layers, lambda engine: engine.push(x, W))
+
+    @override
+    def half_gram(self, x: Tensor, V: Block) -> SmallMatrix:
+        return self._try(self._layers, lambda engine: engine.half_gram(x, V))
+
+    @override
+    def rows(self, x: Tensor) -> ExampleRows:
+        return self._try(self._layers, lambda engine: engine.rows(x))
+
+    @override
+    def gram(self, x1: Tensor, x2: Tensor, out: GramMatrix) -> None:
+        self._try(self._layers, lambda engine: engine.gram(x1, x2, out))
+
+    @override
+    def chunks(self, num_examples: int, num_columns: int) -> Chunks:
+        return self._layers.chunks(num_examples, num_columns)
+
+    @override
+    def row_chunks(self, num_examples: int) -> list[slice]:
+        return self._layers.row_chunks(num_examples)
+
+    @override
+    def bilinear_gradient(
+        self, x1: Tensor, x2: Tensor, U: Block, V: OtherBlock, *, wrt: set[str]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.autodiff.bilinear_gradient(x1, x2, U, V, wrt=wrt)
+
+    @property
+    def _layers(self) -> Engine:
+        """The engine for whatever is not a product with K."""
+        return self.factors or self.autodiff
+
+    def _engine(self, x1: Tensor, x2: Tensor, columns: int) -> Engine:
+        if self._series is not None:
+            return self._series
+        calls = 1 if self._expected is None else max(1, round(self._expected / max(columns, 1)))
+        is_symmetric = x1.data_ptr() == x2.data_ptr() and x1.shape == x2.shape
+        ranked = self.alternatives((x1.shape[0], x2.shape[0]), is_symmetric=is_symmetric, columns=columns, calls=calls)
+        chosen = self.choice(ranked[0].engine)
+        if self._expected is not None:
+            self._series = chosen
+        return chosen
+
+    def _try(self, engine: Engine, run: Callable[[Engine], Result]) -> Result:
+        try:
+            return run(engine)
+        except FactorMismatchError:
+            self.factors, self._series = None, None
+            self.gram_engine.inner = self.autodiff
+            return run(self.autodiff)
+
+    @staticmethod
+    def _held(engine: Engine, num_examples: int, columns: int) -> int | None:
+        try:
+            return engine.chunks(num_examples, columns).bytes
+        except BudgetError:
+            return None

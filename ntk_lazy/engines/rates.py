@@ -1,0 +1,65 @@
+"""How fast this machine multiplies matrices and moves bytes: what a cost model needs to know, measured once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import final
+
+import torch
+
+_SIZE = {"cpu": 1024, "cuda": 4096}
+_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
+_REPEATS = 3
+
+
+@final
+@dataclass(frozen=True)
+class Rates:
+    """What one device does in a second.
+
+    Attributes:
+        flops: Operations of a matrix product.
+        bytes: Bytes that are read or written by a sum of two long vectors.
+    """
+
+    flops: float
+    bytes: float
+
+
+def machine_rates(device: torch.device, dtype: torch.dtype) -> Rates:
+    """Measure both rates; once for each device, dtype and number of threads.
+
+    Cost: below a second.
+    """
+    return _measured(str(device), dtype, torch.get_num_threads())
+
+
+@cache
+def _measured(device: str, dtype: torch.dtype, num_threads: int) -> Rates:
+    kind = torch.device(device).type
+    n = _SIZE.get(kind, _SIZE["cpu"])
+    A = torch.full((n, n), 0.5, dtype=dtype, device=device)
+    B = torch.full((n, n), 0.25, dtype=dtype, device=device)
+    out = torch.empty_like(A)
+    flops = 2 * n**3 / _seconds(lambda: torch.mm(A, B, out=out), kind)
+    length = _BYTES.get(kind, _BYTES["cpu"]) // dtype.itemsize
+    long = torch.zeros(length, dtype=dtype, device=device)
+    other = torch.zeros_like(long)
+    moved = 3 * length * dtype.itemsize / _seconds(lambda: long.add_(other), kind)
+    return Rates(flops, moved)
+
+
+def _seconds(run: Callable[[], object], kind: str) -> float:
+    best = float("inf")
+    for _ in range(_REPEATS + 1):
+        if kind == "cuda":
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        run()
+        if kind == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - began)
+    return best

@@ -1,0 +1,155 @@
+"""How each operation of torch uses its parameter: from what it saved and the gradient at its output to factors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import prod
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from ntk_lazy.engines.graph import Edge, Placement
+from ntk_lazy.engines.uses import Lookup, Outer, Rows, Use, Window
+
+# From an edge, the shape of its parameter, gradients (q, *shape) at its output, their placement and the number of
+# examples to factors; None where the operation is used in a way that the rule does not know.
+Rule: TypeAlias = Callable[[Edge, torch.Size, Tensor, Placement, int], Use | None]
+
+
+def rule_for(edge: Edge) -> Rule | None:
+    """The rule for the operation at an edge; None where there is none."""
+    rule = _RULES.get(edge.operation)
+    return None if edge.is_turned and rule is not _matrix_product else rule
+
+
+def _matrix_product(edge: Edge, shape: torch.Size, G: Tensor, placement: Placement, b: int) -> Use | None:
+    """``x @ W``, and ``bias + x @ W``."""
+    node, has_bias = edge.node, edge.operation == "AddmmBackward0"
+    if has_bias and (node._saved_alpha != 1 or node._saved_beta != 1):
+        return None
+    if has_bias and edge.index == 0:
+        return _sum(shape, G, placement, b)
+    if edge.index != has_bias + 1 or placement.dim != 0:
+        return None
+    x = node._saved_mat1 if has_bias else node._saved_self
+    if x is None:
+        return None
+    A = placement.split(x.detach().to(G.dtype), b)
+    return Outer(A, placement.split(G, b, skip=1).transpose(0, 1), is_transposed=edge.is_turned)
+
+
+def _convolution(edge: Edge, shape: torch.Size, G: Tensor, placement: Placement, b: int) -> Use | None:
+    node = edge.node
+    if placement.dim != 0 or G.shape[1] != b:
+        return None
+    if edge.index == 2:
+        return Rows(G.flatten(3).sum(3).transpose(0, 1))
+    x = node._saved_input.detach().to(G.dtype)
+    if edge.index != 1 or x.shape[0] != b:
+        return None
+    dims = x.ndim - 2
+    stride, padding, dilation = (
+        _each(v, dims) for v in (node._saved_stride, node._saved_padding, node._saved_dilation)
+    )
+    window = Window(tuple(shape[2:]), stride, padding, dilation)
+    groups, q = node._saved_groups, G.shape[0]
+    if node._saved_transposed:
+        # The kernel moves over the output: gradients there are unfolded, and the input takes the place of gradients.
+        beneath = window.unfold(G.flatten(0, 1)).unflatten(0, (q, b))
+        if beneath.shape[2] != prod(x.shape[2:]):
+            return None
+        beneath = beneath.unflatten(3, (groups, -1)).flatten(4)
+        inside = x.flatten(2).unflatten(1, (groups, -1))
+        return Rows(torch.einsum("qbsgo,bgis->bqgio", beneath, inside).flatten(2))
+    gradients = G.flatten(3)
+    if groups == 1:
+        return Outer(x, gradients.mT, window=window)
+    beneath = window.unfold(x).unflatten(2, (groups, -1)).flatten(3)
+    return Rows(torch.einsum("qbgos,bsgi->bqgoi", gradients.unflatten(2, (groups, -1)), beneath).flatten(2))
+
+
+def _lookup(edge: Edge, shape: torch.Size, G: Tensor, placement: Placement, b: int) -> Use | None:
+    node, tokens = edge.node, edge.node._saved_indices
+    if placement.dim >= tokens.ndim:
+        return None
+    G = placement.split(G, b, skip=1).flatten(2, -2).transpose(0, 1)
+    tokens = placement.split(tokens, b).flatten(1)
+    padding = node._saved_padding_idx
+    if 0 <= padding < shape[0]:
+        G = G * (tokens != padding).unsqueeze(-1)
+    return Lookup(tokens, G, shape[0])
+
+
+def _layer_norm(edge: Edge, shape: torch.Size, G: Tensor, placement: Placement, b: int) -> Use | None:
+    node = edge.node
+    if edge.index == 1:
+        G = G * ((node._saved_input.detach() - node._saved_result1) * node._saved_result2)
+    elif edge.index != 2:
+        return None
+    return _sum(shape, G, placement, b)
+
+
+def _group_norm(edge: Edge, shape: torch.Size, G: Tensor, placement: Placement, b: int) -> Use | None:
+    node = edge.node
+    if edge.index not in (1, 2) or placement.dim != 0 or G.shape[1] != b:
+        return None
+    if edge.index == 1:
+        x = node._saved_input.detach()
+        grouped = x.reshape(b, node._saved_group, -1)
+        normal = (grouped - node._saved_result1.reshape(b, -1, 1)) * node._saved_result2.reshape(b, -1, 1)
+        G = G * normal.view_as(x)
+    return Rows(G.flatten(3).sum(3).transpose(0, 1) if G.ndim > 3 else G.transpose(0, 1))
+
+
+def _batch_norm(edge: Edge, shape: torch.Size, G: Tensor, placement: Placement, b: int) -> Use | None:
+    """Batch normalisation by running statistics."""
+    node = edge.node
+    if edge.index not in (1, 2) or node._saved_training or placement.dim != 0 or G.shape[1] != b:
+        return None
+    if edge.index == 1:
+        x = node._saved_input.detach()
+        channel = (1, -1, *[1] * (x.ndim - 2))
+        deviation = (node._saved_running_var + node._saved_eps).sqrt()
+        G = G * ((x - node._saved_running_mean.reshape(channel)) / deviation.reshape(channel))
+    return Rows(G.flatten(3).sum(3).transpose(0, 1) if G.ndim > 3 else G.transpose(0, 1))
+
+
+def _addition(edge: Edge, shape: torch.Size, G: Tensor, placement: Placement, b: int) -> Use | None:
+    return _sum(shape, G * edge.node._saved_alpha if edge.index == 1 else G, placement, b)
+
+
+def _subtraction(edge: Edge, shape: torch.Size, G: Tensor, placement: Placement, b: int) -> Use | None:
+    return _sum(shape, -G * edge.node._saved_alpha if edge.index == 1 else G, placement, b)
+
+
+def _multiplication(edge: Edge, shape: torch.Size, G: Tensor, placement: Placement, b: int) -> Use | None:
+    other = edge.node._saved_other if edge.index == 0 else edge.node._saved_self
+    return None if other is None else _sum(shape, G * other.detach(), placement, b)
+
+
+def _sum(shape: torch.Size, G: Tensor, placement: Placement, b: int) -> Use | None:
+    """Sum the gradient of an operand that was broadcast over its output, example by example."""
+    G = placement.split(G, b, skip=1)
+    extra = G.ndim - 2 - len(shape)
+    if extra < 0 or any(p not in (1, g) for p, g in zip(shape, G.shape[2 + extra :], strict=True)):
+        return None
+    return Rows(G.sum_to_size(b, G.shape[1], *[1] * extra, *shape).reshape(b, G.shape[1], -1))
+
+
+def _each(sizes: tuple[int, ...], dims: int) -> tuple[int, ...]:
+    return tuple(sizes) if len(sizes) == dims else tuple(sizes) * dims
+
+
+_RULES: dict[str, Rule] = {
+    "AddmmBackward0": _matrix_product,
+    "MmBackward0": _matrix_product,
+    "ConvolutionBackward0": _convolution,
+    "EmbeddingBackward0": _lookup,
+    "NativeLayerNormBackward0": _layer_norm,
+    "NativeGroupNormBackward0": _group_norm,
+    "NativeBatchNormBackward0": _batch_norm,
+    "AddBackward0": _addition,
+    "SubBackward0": _subtraction,
+    "MulBackward0": _multiplication,
+}

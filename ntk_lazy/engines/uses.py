@@ -1,0 +1,293 @@
+"""What one use of a parameter in a forward pass contributes to J, kept as factors instead of numbers.
+
+For a layer, a row of J is a sum over positions (pixels, tokens; one for a plain layer) of outer products of what went
+into the layer and the gradient at what came out. Whoever keeps these two multiplies with J by matrix products alone.
+
+Shapes: ``b`` examples, ``S`` positions, ``q`` rows of J for an example, ``k`` columns, ``i`` and ``o`` the width of a
+layer before and after, ``p`` entries of the parameter.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from math import prod
+from typing import TypeAlias, final
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import pad
+from typing_extensions import override
+
+Coefficients: TypeAlias = Float[Tensor, "b q k"]
+ParameterColumns: TypeAlias = Float[Tensor, "k p"]
+ParameterRows: TypeAlias = Float[Tensor, "b q p"]
+OutputGradients: TypeAlias = Float[Tensor, "q b S o"]
+
+# Scaling a factor and multiplying with it stay in cache when they work on pieces of so many bytes.
+_PIECE_BYTES = 8 << 20
+# Bytes moved cost as much as so many operations of a matrix product.
+_BALANCE = 12.0
+
+
+class Use(ABC):
+    """The part of J that belongs to one use of one parameter, on a chunk of examples."""
+
+    @property
+    @abstractmethod
+    def num_bytes(self) -> int:
+        """Bytes of the factors."""
+
+    @abstractmethod
+    def pull(self, V: Coefficients, W: ParameterColumns) -> None:
+        """Add ``(Jᵀ V)ᵀ`` to W."""
+
+    @abstractmethod
+    def push(self, W: ParameterColumns, Y: Coefficients) -> None:
+        """Add ``J Wᵀ`` to Y."""
+
+    @abstractmethod
+    def rows(self, examples: slice = slice(None)) -> ParameterRows:
+        """Write the rows of J down."""
+
+    @abstractmethod
+    def first(self, num_examples: int) -> Use:
+        """The same for the first examples of the chunk."""
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Rows(Use):
+    """The rows themselves, for parameters as small as a bias, or wherever they are as cheap as factors."""
+
+    R: ParameterRows
+
+    @property
+    @override
+    def num_bytes(self) -> int:
+        return self.R.numel() * self.R.element_size()
+
+    @override
+    def pull(self, V: Coefficients, W: ParameterColumns) -> None:
+        W.addmm_(V.flatten(0, 1).mT, self.R.flatten(0, 1))
+
+    @override
+    def push(self, W: ParameterColumns, Y: Coefficients) -> None:
+        Y.add_((self.R.flatten(0, 1) @ W.mT).view_as(Y))
+
+    @override
+    def rows(self, examples: slice = slice(None)) -> ParameterRows:
+        return self.R[examples]
+
+    @override
+    def first(self, num_examples: int) -> Rows:
+        return Rows(self.R[:num_examples])
+
+
+@final
+@dataclass(frozen=True)
+class Window:
+    """How a convolution moves over its input.
+
+    Attributes:
+        kernel: Size of the kernel in each dimension.
+        stride: Steps between positions.
+        padding: Zeros on each side.
+        dilation: Steps between taps.
+    """
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+
+    def unfold(self, x: Tensor) -> Float[Tensor, "b S c taps"]:
+        """Copy what lies beneath the kernel at each position: ``(b, c, *size)`` becomes ``(b, S, c, taps)``."""
+        pads = [side for p in reversed(self.padding) for side in (p, p)]
+        x = pad(x, pads).contiguous()
+        dims = len(self.kernel)
+        sizes = [
+            (x.shape[2 + d] - self.dilation[d] * (self.kernel[d] - 1) - 1) // self.stride[d] + 1 for d in range(dims)
+        ]
+        strides = x.stride()
+        moves = [self.stride[d] * strides[2 + d] for d in range(dims)]
+        taps = [self.dilation[d] * strides[2 + d] for d in range(dims)]
+        view = x.as_strided((x.shape[0], *sizes, x.shape[1], *self.kernel), (strides[0], *moves, strides[1], *taps))
+        return view.reshape(x.shape[0], prod(sizes), x.shape[1], prod(self.kernel))
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Outer(Use):
+    """A weight: ``sum_s G_s ⊗ A_s``, of shape ``(o, i)``, or ``(i, o)`` if it is not transposed.
+
+    Two contractions of the same factors: *by position*, where both halves of a product are matrix products over all
+    positions, and *by example*, where positions are summed first. The second costs the same for any number of
+    columns: it is cheaper where positions are many and outputs are few.
+
+    Attributes:
+        source: ``(b, S, i)``, or the input of a convolution, unfolded when it is needed.
+        G: Gradients at the output of the layer.
+        window: Of a convolution; None for a plain layer.
+        is_transposed: Whether the output is the first dimension of the weight.
+    """
+
+    source: Tensor
+    G: OutputGradients
+    window: Window | None = None
+    is_transposed: bool = True
+
+    @property
+    @override
+    def num_bytes(self) -> int:
+        return self.source.numel() * self.source.element_size() + self.G.numel() * self.G.element_size()
+
+    @property
+    def _sizes(self) -> tuple[int, int, int, int]:
+        """``q, S, o, i``."""
+        q, _, S, o = self.G.shape
+        i = self.source.shape[-1] if self.window is None else self.source.shape[1] * prod(self.window.kernel)
+        return q, S, o, i
+
+    def left(self, examples: slice = slice(None)) -> Float[Tensor, "b S i"]:
+        """What went into the layer at each position."""
+        x = self.source[examples]
+        return x if self.window is None else self.window.unfold(x).flatten(2)
+
+    @override
+    def pull(self, V: Coefficients, W: ParameterColumns) -> None:
+        q, S, o, i = self._sizes
+        k = V.shape[2]
+        by_example = self._is_by_example(k)
+        for piece in self._pieces(q * o * i if by_example else S * max(k * o, i)):
+            v = V[piece]
+            if by_example:
+                W.addmm_(v.flatten(0, 1).mT, self.rows(piece).flatten(0, 1))
+                continue
+            G, A = self.G[:, piece], self.left(piece).flatten(0, 1)
+            if q == 1:
+                D = G[0].unsqueeze(2) * v[:, 0, None, :, None]
+            else:
+                # (b, S o, q) x (b, q, k): the gradient of each column at each output of the layer.
+                D = torch.bmm(v.mT, G.permute(1, 0, 2, 3).flatten(2)).unflatten(2, (S, o)).transpose(1, 2)
+            D = D.reshape(-1, k * o)
+            if self.is_transposed:
+                W.view(k * o, i).addmm_(D.mT, A)
+            else:
+                W.add_((D.mT @ A).view(k, o, i).mT.reshape(k, -1))
+
+    @override
+    def push(self, W: ParameterColumns, Y: Coefficients) -> None:
+        q, S, o, i = self._sizes
+        k = W.shape[0]
+        by_example = self._is_by_example(k)
+        weights = W.view(k, o, i) if self.is_transposed else W.view(k, i, o).mT
+        weights = W if by_example else weights.reshape(k * o, i)
+        for piece in self._pieces(q * o * i if by_example else S * max(k * o, i)):
+            if by_example:
+                R = self.rows(piece)
+                Y[piece] += (R.flatten(0, 1) @ weights.mT).view(*R.shape[:2], k)
+                continue
+            A = self.left(piece)
+            H = (A.flatten(0, 1) @ weights.mT).view(A.shape[0] * S, k, o)
+            G = self.G[:, piece].permute(1, 2, 3, 0).flatten(0, 1)
+            Y[piece] += torch.bmm(H, G).view(A.shape[0], S, k, q).sum(1).mT
+
+    @override
+    def rows(self, examples: slice = slice(None)) -> ParameterRows:
+        A, G = self.left(examples), self.G[:, examples].permute(1, 0, 3, 2)
+        b, q, o, S = G.shape
+        R = torch.bmm(G.reshape(b, q * o, S), A).view(b, q, o, -1)
+        return (R if self.is_transposed else R.mT).flatten(2)
+
+    @property
+    def bytes_per_output(self) -> int:
+        """Bytes of the rows of J that belong to one output of the layer."""
+        q, _, _, i = self._sizes
+        return self.G.shape[1] * q * i * self.G.element_size()
+
+    def of_outputs(self, part: slice) -> Outer:
+        """The same for some outputs of the layer."""
+        return replace(self, G=self.G[..., part])
+
+    @override
+    def first(self, num_examples: int) -> Outer:
+        return replace(self, source=self.source[:num_examples], G=self.G[:, :num_examples])
+
+    def _is_by_example(self, k: int) -> bool:
+        q, S, o, i = self._sizes
+        return _by_example(S, o, i, self.G.element_size(), q=q, k=k) < _by_position(
+            S, o, i, self.G.element_size(), q=q, k=k
+        )
+
+    def _pieces(self, numbers_per_example: int) -> Iterator[slice]:
+        """Cut the chunk into pieces whose temporaries stay in cache."""
+        size = max(1, _PIECE_BYTES // (numbers_per_example * self.G.element_size()))
+        total = self.G.shape[1]
+        for begin in range(0, total, size):
+            yield slice(begin, min(begin + size, total))
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Lookup(Use):
+    """An embedding: the gradient at each position belongs to the row of its token.
+
+    Attributes:
+        tokens: ``(b, S)``.
+        G: Gradients at the output; zero where the padding token is.
+        num_tokens: Rows of the table.
+    """
+
+    tokens: Int[Tensor, "b S"]
+    G: OutputGradients
+    num_tokens: int
+
+    @property
+    @override
+    def num_bytes(self) -> int:
+        return self.G.numel() * self.G.element_size() + self.tokens.numel() * 8
+
+    @override
+    def pull(self, V: Coefficients, W: ParameterColumns) -> None:
+        d = self.G.shape[3]
+        table = W.view(V.shape[2], self.num_tokens, d)
+        for column in range(V.shape[2]):
+            D = torch.einsum("bq,qbsd->bsd", V[:, :, column], self.G)
+            table[column].index_add_(0, self.tokens.flatten(), D.flatten(0, 1))
+
+    @override
+    def push(self, W: ParameterColumns, Y: Coefficients) -> None:
+        table = W.view(W.shape[0], self.num_tokens, self.G.shape[-1])
+        for column in range(W.shape[0]):
+            Y[:, :, column] += torch.einsum("bsd,qbsd->bq", table[column][self.tokens], self.G)
+
+    @override
+    def rows(self, examples: slice = slice(None)) -> ParameterRows:
+        tokens, G = self.tokens[examples], self.G[:, examples]
+        q, b, S, d = G.shape
+        R = G.new_zeros(b, q, self.num_tokens, d)
+        place = tokens[:, None, :, None].expand(b, q, S, d)
+        return R.scatter_add_(2, place, G.transpose(0, 1)).flatten(2)
+
+    @override
+    def first(self, num_examples: int) -> Lookup:
+        return replace(self, tokens=self.tokens[:num_examples], G=self.G[:, :num_examples])
+
+
+def contraction_cost(S: int, o: int, i: int, itemsize: int, *, q: int, k: int) -> float:
+    """Operations for one example in a product with k columns, both halves, with bytes moved in units of operations.
+
+    Of the two contractions the cheaper one. Of a parameter without positions, ``S = i = 1``.
+    """
+    return min(_by_position(S, o, i, itemsize, q=q, k=k), _by_example(S, o, i, itemsize, q=q, k=k))
+
+
+def _by_position(S: int, o: int, i: int, itemsize: int, *, q: int, k: int) -> float:
+    return 4.0 * S * k * o * (i + q) + _BALANCE * itemsize * S * (4 * k * o + 2 * i)
+
+
+def _by_example(S: int, o: int, i: int, itemsize: int, *, q: int, k: int) -> float:
+    return 4.0 * q * o * i * (S + k) + _BALANCE * itemsize * 2 * (2 * q * o * i + S * i)

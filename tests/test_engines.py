@@ -1,0 +1,209 @@
+"""Every engine equals the dense kernel on the zoo, and factors are found wherever a rule covers a use."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+from case import Case
+from oracle import defect, dense_jacobian, dense_kernel
+from torch import Generator, Tensor, nn
+from torch.nn.functional import linear
+from zoo import RIGHT
+
+import ntk_lazy as nl
+from ntk_lazy.engines.uses import Outer
+
+ENGINES = ("factors", "gram")
+ROUTED = {"mixture of experts"}  # experts that the first examples do not reach, and rows that move between experts
+right = pytest.mark.parametrize("case", [case for case in RIGHT if case.name not in ROUTED], ids=str)
+every_engine = pytest.mark.parametrize("engine", ENGINES)
+
+
+@cache
+def jacobian(case: Case, n: int, seed: int = 0) -> Tensor:
+    """Return the dense Jacobian of a case, computed once."""
+    module = case.module()
+    return dense_jacobian(module, case.inputs(n, seed), names=case.parameter_names(module), output_fn=case.output_fn)
+
+
+@cache
+def checked(case: Case) -> nl.NTKLinearOperator:
+    """Return the kernel of a case as ``ntk`` makes it."""
+    return make(case)
+
+
+def make(case: Case, **options: object) -> nl.NTKLinearOperator:
+    """Make the kernel of a case on five points."""
+    params = None if case.params is None else list(case.params)
+    return nl.ntk(case.module(), case.inputs(5), params=params, output_fn=case.output_fn, **options)
+
+
+def kernel(case: Case, engine: str, **options: object) -> nl.NTKLinearOperator:
+    """Make it for one engine, without another check of the model."""
+    preflight = checked(case).explain().preflight
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ntk_lazy.kernel.check", lambda model, x: preflight)
+        return make(case, engine=engine, **options)
+
+
+def columns(rows: int, k: int, dtype: torch.dtype) -> Tensor:
+    """Draw a block."""
+    return torch.randn(rows, k, generator=Generator().manual_seed(k), dtype=torch.float64).to(dtype)
+
+
+@right
+@every_engine
+def test_products_of_every_engine_equal_those_of_the_dense_kernel(case: Case, engine: str):
+    J, J2 = jacobian(case, 5), jacobian(case, 3, seed=1)
+    K = kernel(case, engine, chunk_size=2)
+    V = columns(J.shape[0], 3, K.dtype)
+    expected = J @ (J.mT @ V.double())
+    assert defect(K @ V, expected) < case.tolerance
+    with K.linearised():
+        assert defect(K @ V[:, :1], expected[:, :1]) < case.tolerance * float(expected.norm() / expected[:, 0].norm())
+        assert defect(K @ V, expected) < case.tolerance
+    assert defect(K.half_gram(V), V.double().mT @ expected) < case.tolerance
+    assert defect(K.diagonal(), J.square().sum(1)) < case.tolerance
+    assert defect(K.to_dense(), J @ J.mT) < case.tolerance
+    other = K.at(case.inputs(5), case.inputs(3, seed=1))
+    V = columns(J2.shape[0], 2, K.dtype)
+    assert defect(other @ V, J @ (J2.mT @ V.double())) < case.tolerance
+    assert defect(other.to_dense(), J @ J2.mT) < case.tolerance
+
+
+@right
+@pytest.mark.parametrize("outputs", ["trace", "sum", -1])
+def test_output_modes_of_factors_equal_their_formulas(case: Case, outputs: str | int):
+    J = jacobian(case, 5)
+    dense = dense_kernel(J, J, J.shape[0] // 5, outputs)
+    K = kernel(case, "factors", chunk_size=3, outputs=outputs)
+    V = columns(5, 2, K.dtype)
+    assert defect(K @ V, dense @ V.double()) < case.tolerance
+    assert defect(K.to_dense(), dense) < case.tolerance
+    W = columns(K.num_features, 2, K.dtype)
+    assert defect(V.mT @ K.jacobian_matmul(W), K.jacobian_rmatmul(V).mT.double() @ W.double()) < case.tolerance
+
+
+@right
+@pytest.mark.parametrize("by_example", [True, False])
+def test_both_contractions_of_the_factors_agree(case: Case, by_example: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Outer, "_is_by_example", lambda self, k: by_example)
+    J = jacobian(case, 5)
+    K = kernel(case, "factors")
+    V = columns(J.shape[0], 3, K.dtype)
+    assert defect(K @ V, J @ (J.mT @ V.double())) < case.tolerance
+
+
+@right
+def test_factors_that_do_not_fit_are_made_anew(case: Case, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("ntk_lazy.engines.factors.FactorEngine.keeps", lambda self, n: False)
+    J = jacobian(case, 5)
+    K = kernel(case, "factors", chunk_size=2)
+    V = columns(J.shape[0], 3, K.dtype)
+    assert defect(K @ V, J @ (J.mT @ V.double())) < case.tolerance
+    assert defect(K.half_gram(V), V.double().mT @ J @ J.mT @ V.double()) < case.tolerance
+
+
+@pytest.mark.parametrize("name", sorted(ROUTED))
+def test_examples_that_are_routed_go_to_automatic_differentiation(name: str):
+    (case,) = [case for case in RIGHT if case.name == name]
+    J = jacobian(case, 5)
+    V = columns(J.shape[0], 2, torch.float64)
+    with pytest.raises(nl.UnsupportedModuleError, match="autodiff"):
+        kernel(case, "factors") @ V
+    # A row of J in the planned engine takes factors first, finds that they fail, and starts again.
+    K = kernel(case, "auto")
+    assert defect(K.jacobian_rmatmul(V), J.mT @ V) < case.tolerance
+    assert defect(K @ V, J @ (J.mT @ V)) < case.tolerance
+
+
+class Sequences(nn.Module):
+    """Uses of parameters that modules do not tell: time first, a table as a head, a weight multiplied by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(7, 4, padding_idx=0)
+        self.attention = nn.MultiheadAttention(4, 2)
+        self.mix = nn.Parameter(torch.randn(4, 4))
+        self.shift = nn.Parameter(torch.randn(5, 4))
+        self.shared = nn.Linear(4, 4)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        h = self.table(tokens) + self.shift
+        h = h.transpose(0, 1)
+        h = h + self.attention(h, h, h, need_weights=False)[0]
+        h = torch.tanh(self.shared(torch.tanh(self.shared(h)))) @ self.mix
+        return linear(h.mean(0), self.table.weight)
+
+
+def test_every_use_of_a_parameter_is_seen_whatever_module_owns_it():
+    torch.manual_seed(0)
+    module = Sequences().double()
+    tokens = torch.randint(0, 7, (6, 5))
+    J = dense_jacobian(module, tokens)
+    for engine in ENGINES:
+        K = nl.ntk(module, tokens, engine=engine, chunk_size=4)
+        assert K.explain().preflight.coverage.uncovered == {}
+        V = columns(J.shape[0], 3, torch.float64)
+        assert defect(K @ V, J @ (J.mT @ V)) < 1e-10
+        assert defect(K.to_dense(), J @ J.mT) < 1e-10
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.ConvTranspose2d(2, 4, 3, stride=2, padding=1, output_padding=1, groups=2, dilation=1),
+        nn.ConvTranspose1d(2, 3, 4, stride=3, dilation=2),
+        nn.Conv3d(2, 4, (1, 2, 3), stride=(1, 2, 1), padding=(0, 1, 1), groups=2),
+        nn.Conv2d(2, 6, 3, padding=2, dilation=2, groups=2, padding_mode="reflect"),
+        nn.Conv1d(2, 3, 4, padding="same", padding_mode="circular"),
+    ],
+    ids=str,
+)
+def test_convolutions_of_every_kind_have_factors(layer: nn.Module):
+    dims = {"1d": 1, "2d": 2, "3d": 3}[type(layer).__name__[-2:]]
+    torch.manual_seed(0)
+    module = nn.Sequential(layer, nn.Tanh(), nn.Flatten(), nn.LazyLinear(2)).double()
+    x = torch.randn(4, 2, *[6, 5, 4][:dims], dtype=torch.float64)
+    module(x)
+    J = dense_jacobian(module, x)
+    for engine in ENGINES:
+        K = nl.ntk(module, x, engine=engine)
+        assert K.explain().preflight.coverage.uncovered == {}
+        V = columns(J.shape[0], 3, torch.float64)
+        assert defect(K @ V, J @ (J.mT @ V)) < 1e-10
+        assert defect(K.to_dense(), J @ J.mT) < 1e-10
+
+
+def test_parameters_without_factors_are_named_with_the_reason():
+    torch.manual_seed(0)
+    K = nl.ntk(nn.Sequential(nn.Linear(3, 4), nn.PReLU(), nn.Linear(4, 2)), torch.randn(8, 3))
+    assert list(K.explain().preflight.coverage.uncovered) == ["1.weight"]
+    assert "1.weight: no rule fits" in str(K.explain())
+
+
+def test_the_plan_ranks_the_engines_and_a_long_job_changes_it():
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(2, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 1))
+    K = nl.ntk(module, torch.randn(300, 2))
+    plan = K.explain(16, 1000)
+    assert {way.engine for way in plan.alternatives} == {"autodiff", "factors", "gram"}
+    assert plan.engine == plan.alternatives[0].engine == "gram"
+    assert [way.seconds for way in plan.alternatives] == sorted(way.seconds for way in plan.alternatives)
+    tight = nl.ntk(module, torch.randn(300, 2), memory_budget=600_000).explain(1, 1000)
+    assert tight.engine != "gram"
+
+
+def test_a_forward_pass_that_fails_leaves_the_module_as_it_was():
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+    K = nl.ntk(module, torch.randn(8, 3), engine="factors")
+    before = {name: p.clone() for name, p in module.named_parameters()}
+    module[1].register_forward_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("out of luck")))
+    with pytest.raises(RuntimeError, match="out of luck"):
+        K @ torch.randn(8, 2)
+    assert all(torch.equal(p, before[name]) and p.grad is None for name, p in module.named_parameters())
+    assert not module[0]._forward_hooks
+    assert not module[2]._forward_hooks
