@@ -16,7 +16,7 @@ from ntk_lazy.errors import ArgumentError, BudgetError
 _WORKING_SET = {"cpu": 64 << 20, "cuda": 2 << 30}
 # On top of what tensors take: allocators keep freed pieces that are too small for the next tensor, and kernels use
 # workspaces that no operator reports (blocked layouts of convolutions, packed operands of matrix products).
-_SLACK = {"cpu": 2.0, "cuda": 1.25}
+_SLACK = {"cpu": 2.25, "cuda": 1.25}
 _SHARE_OF_FREE_MEMORY = 0.25
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
