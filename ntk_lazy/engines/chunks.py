@@ -53,6 +53,11 @@ def working_set(device_type: str) -> int:
     return _WORKING_SET.get(device_type, _WORKING_SET["cpu"])
 
 
+def is_same_view(x1: torch.Tensor, x2: torch.Tensor) -> bool:
+    """Whether two tensors are the same numbers in the same memory, so that what one was used for serves the other."""
+    return x1.data_ptr() == x2.data_ptr() and x1.shape == x2.shape and x1.stride() == x2.stride()
+
+
 def slices(total: int, size: int) -> Iterator[slice]:
     """Cut ``range(total)`` into pieces of at most ``size``."""
     for start in range(0, total, size):

@@ -13,7 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from ntk_lazy.engines.autodiff import AutodiffEngine
-from ntk_lazy.engines.chunks import Chunks, slack, slices, working_set
+from ntk_lazy.engines.chunks import Chunks, is_same_view, slack, slices, working_set
 from ntk_lazy.engines.contract import ColumnsFirst, Engine, ExampleRows, GramMatrix, OtherBlock, Preflight
 from ntk_lazy.engines.flat import FlatLayout
 from ntk_lazy.engines.tiles import add_tile, layers, plain_parameters, row_slices
@@ -288,7 +288,7 @@ class FactorEngine(Engine):
         if not names:
             return
         left = self._chunks(x1)
-        right = left if x1 is x2 or _is_same_view(x1, x2) else self._chunks(x2)
+        right = left if is_same_view(x1, x2) else self._chunks(x2)
         is_held = isinstance(left(), list) and isinstance(right(), list)
         for group in [[name] for name in names] if is_held else [names]:
             yield group, (left, right)
@@ -374,10 +374,6 @@ def _mirror(K: GramMatrix, size: int) -> None:
     for i in slices(K.shape[0], size):
         for j in slices(i.start, size):
             K[i, j] = K[j, i].mT
-
-
-def _is_same_view(x1: Tensor, x2: Tensor) -> bool:
-    return x1.data_ptr() == x2.data_ptr() and x1.shape == x2.shape and x1.stride() == x2.stride()
 
 
 def _gram64(left: Tensor, right: Tensor) -> Tensor:

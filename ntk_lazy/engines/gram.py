@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from ntk_lazy.engines.chunks import Chunks, slices
+from ntk_lazy.engines.chunks import Chunks, is_same_view, slices
 from ntk_lazy.engines.contract import ColumnsFirst, Engine, ExampleRows, GramMatrix, OtherBlock
 from ntk_lazy.errors import BudgetError
 from ntk_lazy.precision import ieee_precision
@@ -60,10 +60,10 @@ class GramEngine(Engine):
                 if key not in self._kept:
                     # One kernel at a time: what is kept for another is let go first.
                     self._kept.clear()
-                    self._kept[key] = self._written(x1, x1 if _is_same_view(x1, x2) else x2)
+                    self._kept[key] = self._written(x1, x1 if is_same_view(x1, x2) else x2)
                 return self._kept[key] @ V
             if self.fits(n1, n2):
-                return self._written(x1, x1 if _is_same_view(x1, x2) else x2) @ V
+                return self._written(x1, x1 if is_same_view(x1, x2) else x2) @ V
             strips = slices(n1, self._strip(n2))
             return torch.cat([self._written(x1[strip], x2) @ V for strip in strips])
 
@@ -124,7 +124,3 @@ class GramEngine(Engine):
         out = torch.empty(x1.shape[0] * r, x2.shape[0] * r, dtype=self.model.dtype, device=self.model.device)
         self.inner.gram(x1, x2, out)
         return out
-
-
-def _is_same_view(x1: Tensor, x2: Tensor) -> bool:
-    return x1.data_ptr() == x2.data_ptr() and x1.shape == x2.shape and x1.stride() == x2.stride()

@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from ntk_lazy.engines.autodiff import AutodiffEngine
-from ntk_lazy.engines.chunks import Chunks
+from ntk_lazy.engines.chunks import Chunks, is_same_view
 from ntk_lazy.engines.contract import ColumnsFirst, Engine, ExampleRows, GramMatrix, OtherBlock, Preflight
 from ntk_lazy.engines.cost import CostModel
 from ntk_lazy.engines.coverage import FactorMismatchError
@@ -171,7 +171,7 @@ class PlannedEngine(Engine):
         if self._series is not None:
             return self._series
         calls = 1 if self._expected is None else max(1, round(self._expected / max(columns, 1)))
-        is_symmetric = x1.data_ptr() == x2.data_ptr() and x1.shape == x2.shape
+        is_symmetric = is_same_view(x1, x2)
         ranked = self.alternatives((x1.shape[0], x2.shape[0]), is_symmetric=is_symmetric, columns=columns, calls=calls)
         chosen = self.choice(ranked[0].engine)
         if self._expected is not None:
