@@ -88,9 +88,10 @@ def test_peak_memory_stays_under_the_budget(what: str, kind: str, engine: str):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
-def test_peak_memory_of_a_product_does_not_grow_with_the_number_of_examples():
+@pytest.mark.parametrize("engine", ["autodiff", "factors"])
+def test_peak_memory_of_a_product_does_not_grow_with_the_number_of_examples(engine: str):
     budget = 60_000_000
-    few, many = (_extra_bytes(N, budget, "product", "mlp", "factors") for N in (1000, 8000))
+    few, many = (_extra_bytes(N, budget, "product", "mlp", engine) for N in (1000, 8000))
     # Beside the product's own chunks stand V and the result on all rows and outputs, once more by column blocks.
     rows = 2 * 8000 * 16 * 4
     assert many <= max(few, budget) + 2 * rows
