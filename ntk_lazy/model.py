@@ -266,6 +266,16 @@ class FunctionalModel:
         with self._generators():
             return self._flat(self.call.raw(self._tensors(params), as_ieee(x)), x.shape[0])
 
+    def has_tensors_of(self, other: FunctionalModel) -> bool:
+        """Whether another model computes the same function of the same memory."""
+        mine, theirs = self.params | self.constants, other.params | other.constants
+        return (
+            self.call is other.call
+            and list(self.params) == list(other.params)
+            and mine.keys() == theirs.keys()
+            and all(_is_same_memory(t, theirs[name]) for name, t in mine.items())
+        )
+
     def evaluate(self, params: dict[str, Tensor], x: Tensor, then: Callable[[Tensor], Result]) -> Result:
         """Evaluate the model, and return ``then(outputs)``, computed while the module still holds ``params``."""
         with self._generators():
@@ -349,3 +359,7 @@ def _choose(named: Mapping[str, Tensor], params: ParameterChoice) -> list[str]:
     if not chosen:
         raise ArgumentError("params: no parameter was chosen, so that the kernel would be zero.")
     return chosen
+
+
+def _is_same_memory(a: Tensor, b: Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr() and (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)

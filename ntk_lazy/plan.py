@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from math import prod
 from typing import Literal, Self, TypeAlias, get_args
 
@@ -38,6 +40,7 @@ class EngineSettings:
     memory_budget: int
     max_dense_bytes: int
     chunk_size: int | None
+    _running: list[Engine] = field(default_factory=list, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.engine not in get_args(EngineName):
@@ -48,7 +51,10 @@ class EngineSettings:
             raise ArgumentError(f"max_dense_bytes must not be negative, as {self.max_dense_bytes} is.")
 
     def build(self, model: FunctionalModel, layout: OutputLayout, preflight: Preflight) -> Engine:
-        """Build the engine for a model that has passed its preflight."""
+        """Build the engine for a model that has passed its preflight, or find the one that is running for it."""
+        for engine in self._running:
+            if engine.layout == layout and engine.model.has_tensors_of(model):
+                return engine
         budget, limit, size = self.memory_budget, self.max_dense_bytes, self.chunk_size
         if self.engine == "auto":
             return PlannedEngine(
@@ -61,6 +67,19 @@ class EngineSettings:
         # One half of the budget for K, the other for what it is made of.
         tiles = FactorEngine(model, layout, preflight=preflight, budget=budget // 2, chunk_size=size)
         return GramEngine(tiles, budget=budget // 2, max_dense_bytes=limit)
+
+    @contextmanager
+    def running(self, engine: Engine, num_columns: int) -> Iterator[None]:
+        """Keep what products have in common, for every operator that is built on the same tensors meanwhile.
+
+        linear_operator takes an operator apart and builds it anew for each product that autograd may ask about.
+        """
+        with engine.linearised(num_columns):
+            self._running.append(engine)
+            try:
+                yield
+            finally:
+                self._running.remove(engine)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -92,7 +92,7 @@ def certify(
         if not product.affords(len(chosen)):
             break
         x = combine(X, torch.eye(k, dtype=torch.float64)[:, chosen])
-        image = product(x)
+        image = product.afresh(x)
         known = method.combine_images(coefficients[:, chosen])
         noise[chosen] = column_norms(image - known, rows=product.rows)
         defect = image - x * theta[chosen].to(x.device, x.dtype)
@@ -149,7 +149,7 @@ def _audit(
     for index, members in enumerate(groups):
         S[members, index] = signs[members]
     S = S.flatten(1)
-    fresh = product(combine(X, S))
+    fresh = product.afresh(combine(X, S))
     norms = column_norms(fresh - method.combine_images(coefficients @ S), rows=product.rows)
     whole = norms.view(len(groups), num_draws).square().mean(dim=1).sqrt()
     noise = torch.empty_like(theta)

@@ -51,6 +51,15 @@ class HalfGram(Protocol):
 
 
 @runtime_checkable
+class Afresh(Protocol):
+    """An operator that may keep rounded entries between products, and can do without them."""
+
+    def matmul_afresh(self, V: Block) -> Block:
+        """Multiply by another way than ``matmul``, if there is a more direct one."""
+        ...
+
+
+@runtime_checkable
 class Linearised(Protocol):
     """An operator that can keep what its products have in common, for as long as it does not change."""
 
@@ -150,6 +159,13 @@ class FactoredOperator:
     def matmul(self, V: Block) -> Block:
         """Multiply with a block."""
         return self.wrapped.matmul(V)
+
+    def matmul_afresh(self, V: Block) -> Block:
+        """Multiply by the most direct way that the wrapped operator has."""
+        if not isinstance(self.wrapped.operator, Afresh):
+            return self.matmul(V)
+        with torch.no_grad():
+            return self.wrapped.operator.matmul_afresh(V)
 
     def half_gram(self, V: Block) -> SmallMatrix:
         """Form ``Vᵀ K V`` from the half product."""

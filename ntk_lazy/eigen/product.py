@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from ntk_lazy.eigen.contract import HalfGram, SymmetricOperator, asymmetry_tolerance
+from ntk_lazy.eigen.contract import Afresh, HalfGram, SymmetricOperator, asymmetry_tolerance
 from ntk_lazy.eigen.criterion import least_noise
 from ntk_lazy.errors import ArgumentError, NonFiniteError, ShapeError
 from ntk_lazy.linalg import column_norms
@@ -85,6 +86,10 @@ class Product:
             self._first = None
         return image
 
+    def afresh(self, V: Block) -> Block:
+        """Multiply in another way, where the operator keeps rounded entries of itself; counted all the same."""
+        return self._multiply(V, self.operator.matmul_afresh if isinstance(self.operator, Afresh) else None)
+
     def half_gram(self, X: Block) -> SmallMatrix | None:
         """Form ``Xᵀ A X`` from half products where the operator offers that; None where not."""
         if not isinstance(self.operator, HalfGram):
@@ -109,13 +114,13 @@ class Product:
                 "eigsh looks for; an operator that changes between calls (dropout) looks like this too."
             )
 
-    def _multiply(self, V: Tensor) -> Tensor:
+    def _multiply(self, V: Tensor, matmul: Callable[[Block], Block] | None = None) -> Tensor:
         """Call the operator once, and look at what comes back."""
         self.num_calls += 1
         self.num_columns += V.shape[1]
         factor = math.ldexp(1.0, -(self._exponent or 0))
         with ieee_precision():
-            image = self.operator.matmul((V * factor).contiguous())
+            image = (matmul or self.operator.matmul)((V * factor).contiguous())
         if not isinstance(image, Tensor):
             raise ShapeError(f"the product returned a {type(image).__name__} and not a tensor.")
         if image.shape != V.shape or image.dtype != V.dtype or image.device != V.device:

@@ -14,6 +14,7 @@ from torch import Tensor
 from ntk_lazy.engines.chunks import Chunks
 from ntk_lazy.engines.coverage import Coverage
 from ntk_lazy.engines.footprint import Footprint
+from ntk_lazy.gemm import times_transposed
 from ntk_lazy.model import FunctionalModel
 from ntk_lazy.outputs import OutputLayout
 from ntk_lazy.precision import ieee_precision
@@ -94,6 +95,10 @@ class Engine(ABC):
     def product(self, x1: Tensor, x2: Tensor, V: OtherBlock) -> Block:
         """Return ``J1 J2ᵀ V`` without holding features for more columns than the budget allows."""
 
+    def product_afresh(self, x1: Tensor, x2: Tensor, V: OtherBlock) -> Block:
+        """The same from J alone, also where K is kept: what a product with rounded entries is checked with."""
+        return self.product(x1, x2, V)
+
     @abstractmethod
     def half_gram(self, x: Tensor, V: Block) -> SmallMatrix:
         """Return ``(Jᵀ V)ᵀ (Jᵀ V)`` in float64 on the CPU."""
@@ -123,7 +128,7 @@ class Engine(ABC):
                         out[tall, wide] = out[wide, tall].mT
                         continue
                     right = left if x1 is x2 and i == j else self.rows(x2[j]).reshape(-1, self.num_features)
-                    out[tall, wide] = left @ right.mT
+                    out[tall, wide] = times_transposed(left, right)
 
     @abstractmethod
     def chunks(self, num_examples: int, num_columns: int) -> Chunks:

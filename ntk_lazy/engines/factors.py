@@ -19,6 +19,7 @@ from ntk_lazy.engines.flat import FlatLayout
 from ntk_lazy.engines.tiles import add_tile, layers, plain_parameters, row_slices
 from ntk_lazy.engines.uses import Coefficients, Use
 from ntk_lazy.errors import BudgetError
+from ntk_lazy.gemm import times_transposed
 from ntk_lazy.model import FunctionalModel
 from ntk_lazy.outputs import OutputLayout
 from ntk_lazy.precision import differentiable_attention, ieee_precision
@@ -350,7 +351,7 @@ class FactorEngine(Engine):
                 for (i, a), (j, b) in product(enumerate(left), enumerate(right)):
                     R1, R2 = rows1[i], rows2[j]
                     if R1 is not None and R2 is not None and not (left is right and j < i):
-                        out[_rows(a, r), _rows(b, r)].addmm_(R1.flatten(0, 1), R2.flatten(0, 1).mT)
+                        out[_rows(a, r), _rows(b, r)] += times_transposed(R1.flatten(0, 1), R2.flatten(0, 1))
 
     def _push(self, chunks: Chunked, W: dict[str, Tensor], Y: Block) -> None:
         """Add ``J Wᵀ`` to Y."""

@@ -12,9 +12,12 @@ from typing_extensions import override
 
 from ntk_lazy.engines.chunks import Chunks, is_same_view, slices
 from ntk_lazy.engines.contract import ColumnsFirst, Engine, ExampleRows, GramMatrix, OtherBlock
+from ntk_lazy.engines.written import WrittenKernel
 from ntk_lazy.errors import BudgetError
 from ntk_lazy.precision import ieee_precision
 from ntk_lazy.shapes import Block, SmallMatrix
+
+_PIECE_BYTES = 16 << 20
 
 
 @final
@@ -30,7 +33,7 @@ class GramEngine(Engine):
         self.inner = inner
         self.budget = budget
         self.max_dense_bytes = max_dense_bytes
-        self._kept: dict[tuple[object, ...], GramMatrix] | None = None
+        self._kept: dict[tuple[object, ...], WrittenKernel] | None = None
 
     def fits(self, num_examples1: int, num_examples2: int) -> bool:
         """Whether K may be written down and kept."""
@@ -56,16 +59,15 @@ class GramEngine(Engine):
             return V.new_zeros(n1 * self.layout.rows_per_example, V.shape[1])
         with torch.no_grad(), ieee_precision():
             if self._kept is not None and self.fits(n1, n2):
-                key = (x1.data_ptr(), x1.shape, x1.stride(), x2.data_ptr(), x2.shape, x2.stride())
-                if key not in self._kept:
-                    # One kernel at a time: what is kept for another is let go first.
-                    self._kept.clear()
-                    self._kept[key] = self._written(x1, x1 if is_same_view(x1, x2) else x2)
-                return self._kept[key] @ V
+                return self._kept_kernel(self._kept, x1, x2).matmul(V)
             if self.fits(n1, n2):
                 return self._written(x1, x1 if is_same_view(x1, x2) else x2) @ V
             strips = slices(n1, self._strip(n2))
             return torch.cat([self._written(x1[strip], x2) @ V for strip in strips])
+
+    @override
+    def product_afresh(self, x1: Tensor, x2: Tensor, V: OtherBlock) -> Block:
+        return self.inner.product(x1, x2, V)
 
     @override
     def gram(self, x1: Tensor, x2: Tensor, out: GramMatrix) -> None:
@@ -87,7 +89,15 @@ class GramEngine(Engine):
 
     @override
     def half_gram(self, x: Tensor, V: Block) -> SmallMatrix:
-        return self.inner.half_gram(x, V)
+        if self._kept is None or not self.fits(x.shape[0], x.shape[0]) or not x.shape[0]:
+            return self.inner.half_gram(x, V)
+        # K is there: a product with it costs less than half a product by layers. Values are off by rounding of the
+        # entries, which averages out: about eps lambda_1 / n.
+        image = self.product(x, x, V)
+        total = torch.zeros(V.shape[1], V.shape[1], dtype=torch.float64, device=V.device)
+        for piece in slices(V.shape[0], max(1, _PIECE_BYTES // (16 * max(1, V.shape[1])))):
+            total.addmm_(V[piece].double().mT, image[piece].double())
+        return (total + total.mT).cpu() / 2
 
     @override
     def rows(self, x: Tensor) -> ExampleRows:
@@ -102,6 +112,17 @@ class GramEngine(Engine):
         self, x1: Tensor, x2: Tensor, U: Block, V: OtherBlock, *, wrt: set[str]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         return self.inner.bilinear_gradient(x1, x2, U, V, wrt=wrt)
+
+    def _kept_kernel(self, kept: dict[tuple[object, ...], WrittenKernel], x1: Tensor, x2: Tensor) -> WrittenKernel:
+        key = (x1.data_ptr(), x1.shape, x1.stride(), x2.data_ptr(), x2.shape, x2.stride())
+        if key not in kept:
+            # One kernel at a time: what is kept for another is let go first.
+            kept.clear()
+            if is_same_view(x1, x2):
+                kept[key] = WrittenKernel.of_symmetric(self._written(x1, x1))
+            else:
+                kept[key] = WrittenKernel.plain(self._written(x1, x2))
+        return kept[key]
 
     def _bytes(self, num_examples1: int, num_examples2: int) -> int:
         r = self.layout.rows_per_example

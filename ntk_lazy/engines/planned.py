@@ -129,6 +129,10 @@ class PlannedEngine(Engine):
         return self._try(self._engine(x1, x2, V.shape[1]), lambda engine: engine.product(x1, x2, V))
 
     @override
+    def product_afresh(self, x1: Tensor, x2: Tensor, V: OtherBlock) -> Block:
+        return self._try(self._engine(x1, x2, V.shape[1]), lambda engine: engine.product_afresh(x1, x2, V))
+
+    @override
     def pull(self, x: Tensor, V: Block) -> ColumnsFirst:
         return self._try(self._layers, lambda engine: engine.pull(x, V))
 
@@ -138,7 +142,7 @@ class PlannedEngine(Engine):
 
     @override
     def half_gram(self, x: Tensor, V: Block) -> SmallMatrix:
-        return self._try(self._layers, lambda engine: engine.half_gram(x, V))
+        return self._try(self._series or self._layers, lambda engine: engine.half_gram(x, V))
 
     @override
     def rows(self, x: Tensor) -> ExampleRows:

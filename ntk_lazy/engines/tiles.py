@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ntk_lazy.engines.uses import Outer, ParameterRows, Rows, Use
+from ntk_lazy.gemm import times_transposed
 
 Uses: TypeAlias = Mapping[str, list[Use]]
 # Gradients (b, q, o), and the inputs (b, i) that they meet; None for those of a bias.
@@ -49,9 +50,10 @@ def add_tile(left: Layer, right: Layer, tile: Float[Tensor, "b1 q b2 q"]) -> Non
         if A1 is None or A2 is None:
             num_biases += 1
         else:
-            inner = A1 @ A2.mT if inner is None else inner.addmm_(A1, A2.mT)
+            product = times_transposed(A1, A2)
+            inner = product if inner is None else inner.add_(product)
     assert inner is not None
-    outer = G1.flatten(0, 1) @ G2.flatten(0, 1).mT
+    outer = times_transposed(G1.flatten(0, 1), G2.flatten(0, 1))
     tile.addcmul_(outer.view_as(tile), inner.add_(num_biases)[:, None, :, None])
 
 

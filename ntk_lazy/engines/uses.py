@@ -21,13 +21,18 @@ from torch import Tensor
 from torch.nn.functional import pad
 from typing_extensions import override
 
+from ntk_lazy.engines.chunks import slices
+from ntk_lazy.gemm import add_gram_, times_transposed
+
 Coefficients: TypeAlias = Float[Tensor, "b q k"]
 ParameterColumns: TypeAlias = Float[Tensor, "k p"]
 ParameterRows: TypeAlias = Float[Tensor, "b q p"]
 OutputGradients: TypeAlias = Float[Tensor, "q b S o"]
 
+# Columns that are multiplied at once: the accumulator of a layer stays in cache, and products are wide enough.
+_COLUMNS = 4
 # Scaling a factor and multiplying with it stay in cache when they work on pieces of so many bytes.
-_PIECE_BYTES = 8 << 20
+_PIECE_BYTES = 4 << 20
 # Bytes moved cost as much as so many operations of a matrix product.
 _BALANCE = 12.0
 
@@ -71,7 +76,9 @@ class Rows(Use):
 
     @override
     def pull(self, V: Coefficients, W: ParameterColumns) -> None:
-        W.addmm_(V.flatten(0, 1).mT, self.R.flatten(0, 1))
+        # A bias near the output has one large gradient for all examples: it carries the largest eigenvector, and what
+        # a long float32 sum loses would hide small eigenvalues. In float64 it costs next to nothing.
+        W += (V.flatten(0, 1).mT.double() @ self.R.flatten(0, 1).double()).to(W.dtype)
 
     @override
     def push(self, W: ParameterColumns, Y: Coefficients) -> None:
@@ -161,22 +168,25 @@ class Outer(Use):
         q, S, o, i = self._sizes
         k = V.shape[2]
         by_example = self._is_by_example(k)
-        for piece in self._pieces(q * o * i if by_example else S * max(k * o, i)):
-            v = V[piece]
-            if by_example:
-                W.addmm_(v.flatten(0, 1).mT, self.rows(piece).flatten(0, 1))
-                continue
+        if by_example:
+            for piece in self._pieces(q * o * i):
+                add_gram_(W, V[piece].flatten(0, 1), self.rows(piece).flatten(0, 1))
+            return
+        # Columns first: an accumulator of a few columns stays in cache while all examples pass.
+        weights = W.view(k, o, i) if self.is_transposed else W.new_zeros(k, o, i)
+        for piece in self._pieces(S * max(_COLUMNS * o, i)):
             G, A = self.G[:, piece], self.left(piece).flatten(0, 1)
-            if q == 1:
-                D = G[0].unsqueeze(2) * v[:, 0, None, :, None]
-            else:
-                # (b, S o, q) x (b, q, k): the gradient of each column at each output of the layer.
-                D = torch.bmm(v.mT, G.permute(1, 0, 2, 3).flatten(2)).unflatten(2, (S, o)).transpose(1, 2)
-            D = D.reshape(-1, k * o)
-            if self.is_transposed:
-                W.view(k * o, i).addmm_(D.mT, A)
-            else:
-                W.add_((D.mT @ A).view(k, o, i).mT.reshape(k, -1))
+            for columns in slices(k, _COLUMNS):
+                v = V[piece, :, columns]
+                if q == 1:
+                    D = G[0].unsqueeze(2) * v[:, 0, None, :, None]
+                else:
+                    # (b, S o, q) x (b, q, k): the gradient of each column at each output of the layer.
+                    D = torch.bmm(v.mT, G.permute(1, 0, 2, 3).flatten(2)).unflatten(2, (S, o)).transpose(1, 2)
+                part = weights[columns]
+                add_gram_(part.view(-1, i), D.reshape(A.shape[0], -1), A)
+        if not self.is_transposed:
+            W += weights.mT.reshape(k, -1)
 
     @override
     def push(self, W: ParameterColumns, Y: Coefficients) -> None:
@@ -184,16 +194,19 @@ class Outer(Use):
         k = W.shape[0]
         by_example = self._is_by_example(k)
         weights = W.view(k, o, i) if self.is_transposed else W.view(k, i, o).mT
-        weights = W if by_example else weights.reshape(k * o, i)
-        for piece in self._pieces(q * o * i if by_example else S * max(k * o, i)):
-            if by_example:
+        if by_example:
+            for piece in self._pieces(q * o * i):
                 R = self.rows(piece)
-                Y[piece] += (R.flatten(0, 1) @ weights.mT).view(*R.shape[:2], k)
-                continue
-            A = self.left(piece)
-            H = (A.flatten(0, 1) @ weights.mT).view(A.shape[0] * S, k, o)
-            G = self.G[:, piece].permute(1, 2, 3, 0).flatten(0, 1)
-            Y[piece] += torch.bmm(H, G).view(A.shape[0], S, k, q).sum(1).mT
+                Y[piece] += times_transposed(R.flatten(0, 1), W).view(*R.shape[:2], k)
+            return
+        for piece in self._pieces(S * max(_COLUMNS * o, i)):
+            G, A = self.G[:, piece], self.left(piece).flatten(0, 1)
+            for columns in slices(k, _COLUMNS):
+                H = times_transposed(A, weights[columns].reshape(-1, i)).view(G.shape[1], S, -1, o)
+                if q == 1:
+                    Y[piece, 0, columns] += H.mul_(G[0].unsqueeze(2)).sum((1, 3))
+                else:
+                    Y[piece, :, columns] += torch.einsum("bsko,qbso->bqk", H, G)
 
     @override
     def rows(self, examples: slice = slice(None)) -> ParameterRows:
@@ -225,9 +238,7 @@ class Outer(Use):
     def _pieces(self, numbers_per_example: int) -> Iterator[slice]:
         """Cut the chunk into pieces whose temporaries stay in cache."""
         size = max(1, _PIECE_BYTES // (numbers_per_example * self.G.element_size()))
-        total = self.G.shape[1]
-        for begin in range(0, total, size):
-            yield slice(begin, min(begin + size, total))
+        return slices(self.G.shape[1], size)
 
 
 @final

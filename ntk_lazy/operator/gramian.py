@@ -73,6 +73,13 @@ class Gramian:
             result[index] = self._product(side1, side2, rhs[index])
         return result
 
+    def matmul_afresh(self, V: OtherBlock) -> Block:
+        """Multiply with a block by J alone, also where K is kept."""
+        self._refuse_batch("matmul_afresh")
+        side1, side2 = self.side1, self.columns
+        self._check_rows(V, side2)
+        return self._scaled(side1.gather(self.engine.product_afresh(side1.x, side2.x, side2.scatter(V))))
+
     def jacobian_matmul(self, W: ParameterBlock) -> Block:
         """Return ``sqrt(s) J1 W``."""
         self._refuse_batch("jacobian_matmul")

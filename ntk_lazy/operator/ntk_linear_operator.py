@@ -188,7 +188,7 @@ class NTKLinearOperator(LinearOperator):  # type: ignore[misc]  # linear_operato
         ``eigsh`` does this itself. One forward pass a product is saved: see ``benchmarks/products.py``. Parameters and
         inputs must not change within the context: products would not notice.
         """
-        return self._gramian.engine.linearised(num_columns)
+        return self._settings.running(self._gramian.engine, num_columns)
 
     # Beyond a matrix: the factors of K, and K at other points.
 
@@ -218,6 +218,10 @@ class NTKLinearOperator(LinearOperator):  # type: ignore[misc]  # linear_operato
             ShapeError: V does not have n rows, or the operator is batched.
         """
         return self._gramian.jacobian_rmatmul(V)
+
+    def matmul_afresh(self, V: Block) -> Block:
+        """Return ``K V`` from the Jacobian alone, also where K is kept written down: what ``eigsh`` certifies with."""
+        return self._gramian.matmul_afresh(V)
 
     def half_gram(self, V: Block) -> SmallMatrix:
         """Return ``VᵀKV`` from the half product, ``s (J1ᵀV)ᵀ(J1ᵀV)``, accumulated in float64, on the CPU.
