@@ -6,13 +6,14 @@ reaches on CPUs. They rank engines and predict within a factor of two; they prom
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import final
 
 from ntk_lazy.engines.contract import Preflight
 from ntk_lazy.engines.coverage import LayerCost
 from ntk_lazy.engines.rates import Rates
-from ntk_lazy.engines.uses import contraction_cost
+from ntk_lazy.engines.uses import contraction_cost, rows_cost
 from ntk_lazy.outputs import OutputLayout
 
 _SHARE_OF_RATE = {"autodiff": 0.7, "autodiff over positions": 0.3, "factors": 0.8, "gram": 0.6, "passes": 0.4}
@@ -54,10 +55,16 @@ class CostModel:
         examples = self.num_examples[0] if self.is_symmetric else sum(self.num_examples)
         return examples * self._forward * (2 + q) / (_SHARE_OF_RATE["passes"] * self.rates.flops)
 
-    def factors(self, columns: int, calls: int = 1, *, is_kept: bool) -> float:
-        """Products from factors, which are captured once if they are kept."""
+    def factors(self, columns: int, calls: int = 1, *, is_kept: bool, as_rows: Collection[str] = ()) -> float:
+        """Products from factors, which are captured once if they are kept, of some parameters as rows of J."""
         q = self.layout.rows_per_example
-        one = sum(contraction_cost(*_sizes(c, self.itemsize), q=q, k=columns) for c in self._covered)
+        one = sum(
+            rows_cost(c.num_params, self.itemsize, q=q, k=columns)
+            if name in as_rows
+            else contraction_cost(*_sizes(c, self.itemsize), q=q, k=columns)
+            for name, c in self.preflight.coverage.costs.items()
+        )
+        one += sum(self._positions_once(self.preflight.coverage.costs[name]) for name in as_rows) / max(calls, 1)
         # Each formula is for both halves of a product: one over the examples of each side.
         work = self.layout.passes * one * sum(self.num_examples) / 2
         seconds = calls * work / (_SHARE_OF_RATE["factors"] * self.rates.flops) + self._rest(columns, calls)
@@ -84,6 +91,10 @@ class CostModel:
         """Products with a K that is there: by its operations or by reading it, whichever takes longer."""
         n1, n2 = (n * self.layout.rows_per_example for n in self.num_examples)
         return calls * max(2.0 * n1 * n2 * columns / self.rates.flops, n1 * n2 * self.itemsize / self.rates.bytes)
+
+    def _positions_once(self, cost: LayerCost) -> float:
+        """Operations that turn the factors of one example into rows."""
+        return 2.0 * cost.num_positions * self.layout.rows_per_example * cost.num_params
 
     @property
     def _covered(self) -> list[LayerCost]:

@@ -17,7 +17,7 @@ from ntk_lazy.engines.chunks import Chunks, is_same_view, slack, slices, working
 from ntk_lazy.engines.contract import ColumnsFirst, Engine, ExampleRows, GramMatrix, OtherBlock, Preflight
 from ntk_lazy.engines.flat import FlatLayout
 from ntk_lazy.engines.tiles import add_tile, layers, plain_parameters, row_slices
-from ntk_lazy.engines.uses import Coefficients, Use
+from ntk_lazy.engines.uses import Coefficients, Rows, Use
 from ntk_lazy.errors import BudgetError
 from ntk_lazy.gemm import times_transposed
 from ntk_lazy.model import FunctionalModel
@@ -88,6 +88,21 @@ class FactorEngine(Engine):
     def keeps(self, num_examples: int) -> bool:
         """Whether the factors of so many examples are held between products, and between the halves of one."""
         return num_examples * self.bytes_per_example <= self.budget * _KEPT_SHARE
+
+    def row_parameters(self, num_examples: int) -> frozenset[str]:
+        """Parameters whose rows of J are held in place of their factors, as far as there is room for them.
+
+        Where positions are more than outputs, rows make a product ``S / q`` times cheaper, and to sum positions once
+        costs no more than half a product by position with q columns.
+        """
+        room = self.budget * _KEPT_SHARE - num_examples * self.bytes_per_example
+        chosen = set()
+        for extra, name in sorted((self._extra_bytes(name), name) for name in self.coverage.costs):
+            fits = max(0, extra) * num_examples <= room
+            if fits and self.coverage.costs[name].num_positions > self.layout.rows_per_example:
+                chosen.add(name)
+                room -= extra * num_examples
+        return frozenset(chosen)
 
     @override
     @contextmanager
@@ -180,7 +195,7 @@ class FactorEngine(Engine):
             for name, place in self.rest.flat.slices().items():
                 J[..., places[name]] = rest[..., place]
         with torch.no_grad(), ieee_precision(), differentiable_attention():
-            for chunk in self._chunks(x)():
+            for chunk in self._capture(x, self._chunk_size(x.shape[0])):
                 for number, uses in enumerate(chunk.uses):
                     for name, found in uses.items():
                         J[chunk.examples, :, number, places[name]] = sum(use.rows() for use in found)
@@ -199,12 +214,12 @@ class FactorEngine(Engine):
             # Factors of both sides of a tile are held, in the share of the budget that kept ones have.
             size = max(1, int(self.budget * _KEPT_SHARE / 2) // max(1, self.bytes_per_example))
             for i in slices(x1.shape[0], size):
-                left = list(self._chunks(x1[i])())
+                left = list(self._chunks(x1[i], is_held=True)())
                 for j in slices(x2.shape[0], size):
                     if is_symmetric and j.start < i.start:
                         continue
                     is_diagonal = is_symmetric and i == j
-                    right = left if is_diagonal else list(self._chunks(x2[j])())
+                    right = left if is_diagonal else list(self._chunks(x2[j], is_held=True)())
                     tile = out[i.start * r : i.stop * r, j.start * r : j.stop * r]
                     for number in range(self.layout.passes):
                         self._add_gram(number, left, right, tile)
@@ -215,7 +230,8 @@ class FactorEngine(Engine):
     def chunks(self, num_examples: int, num_columns: int) -> Chunks:
         size = self._chunk_size(num_examples)
         names = list(self.coverage.costs)
-        whole = num_examples * self.bytes_per_example
+        as_rows = self.row_parameters(num_examples)
+        whole = num_examples * (self.bytes_per_example + sum(self._extra_bytes(name) for name in as_rows))
         kept = whole if self.keeps(num_examples) else size * self.bytes_per_example
         group = names if kept < whole else [max(names, key=lambda n: self.coverage.costs[n].num_params)]
         columns = self._columns(group, num_columns)
@@ -244,6 +260,11 @@ class FactorEngine(Engine):
         return self.autodiff.bilinear_gradient(x1, x2, U, V, wrt=wrt)
 
     # How it goes through examples.
+
+    def _extra_bytes(self, name: str) -> int:
+        """Bytes that rows take beyond factors, for one example."""
+        cost, q = self.coverage.costs[name], self.layout.rows_per_example * self.layout.passes
+        return q * cost.num_params * self.model.dtype.itemsize - cost.source_bytes - q * cost.gradient_bytes
 
     @property
     def _slack(self) -> float:
@@ -288,32 +309,37 @@ class FactorEngine(Engine):
         names = list(self.coverage.costs)
         if not names:
             return
-        left = self._chunks(x1)
-        right = left if is_same_view(x1, x2) else self._chunks(x2)
-        is_held = isinstance(left(), list) and isinstance(right(), list)
+        is_symmetric = is_same_view(x1, x2)
+        together = x1.shape[0] if is_symmetric else x1.shape[0] + x2.shape[0]
+        is_held = self.keeps(together)
+        as_rows = self.row_parameters(together)
+        left = self._chunks(x1, is_held=is_held, as_rows=as_rows)
+        right = left if is_symmetric else self._chunks(x2, is_held=is_held, as_rows=as_rows)
         for group in [[name] for name in names] if is_held else [names]:
             yield group, (left, right)
 
-    def _chunks(self, x: Tensor) -> Chunked:
-        """Go through the factors of all examples; they are held where half of the budget is enough."""
-        n = x.shape[0]
-        size = self._chunk_size(n)
-        if not self.keeps(n):
+    def _chunks(self, x: Tensor, *, is_held: bool, as_rows: frozenset[str] = frozenset()) -> Chunked:
+        """Go through the factors of all examples, which are held or made anew each time."""
+        size = self._chunk_size(x.shape[0])
+        if not is_held:
             return lambda: self._capture(x, size)
-        key = (x.data_ptr(), x.shape, x.stride())
+        key = (x.data_ptr(), x.shape, x.stride(), as_rows)
         if self._kept is not None and key in self._kept:
             held = self._kept[key]
         else:
-            held = list(self._capture(x, size))
+            held = list(self._capture(x, size, as_rows))
             if self._kept is not None:
                 self._kept = {key: held}
         return lambda: held
 
-    def _capture(self, x: Tensor, size: int) -> Iterator[Chunk]:
+    def _capture(self, x: Tensor, size: int, as_rows: frozenset[str] = frozenset()) -> Iterator[Chunk]:
         cotangents = self.layout.cotangents(dtype=self.model.dtype, device=x.device)
         passes = cotangents.reshape(self.layout.rows_per_example, self.layout.passes, -1).unbind(1)
         for examples in slices(x.shape[0], size):
-            yield Chunk(examples, tuple(self.coverage.factors(self.model, x[examples], u) for u in passes))
+            factors = [self.coverage.factors(self.model, x[examples], u) for u in passes]
+            for uses in factors:
+                uses |= {name: [_as_rows(uses[name])] for name in as_rows if uses[name]}
+            yield Chunk(examples, tuple(factors))
 
     def _coefficients(self, V: Block, chunk: Chunk) -> Coefficients:
         r = self.layout.rows_per_example
@@ -364,6 +390,13 @@ class FactorEngine(Engine):
                     for use in uses[name]:
                         use.push(columns[number], part)
             rows += part.flatten(0, 1)
+
+
+def _as_rows(uses: list[Use]) -> Rows:
+    first, *others = (use.as_rows() for use in uses)
+    for other in others:
+        first.R.add_(other.R)
+    return first
 
 
 def _rows(chunk: Chunk, rows_per_example: int) -> slice:

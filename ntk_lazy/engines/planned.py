@@ -101,9 +101,11 @@ class PlannedEngine(Engine):
             )
         ]
         if self.factors is not None:
-            is_kept = self.factors.keeps(sum(num_examples) if not is_symmetric else n)
+            together = n if is_symmetric else sum(num_examples)
+            is_kept, as_rows = self.factors.keeps(together), self.factors.row_parameters(together)
             how = "factors kept" if is_kept else "factors made anew for each product"
-            seconds = cost.factors(columns, calls, is_kept=is_kept)
+            how += f", {len(as_rows)} parameters as rows of J" if as_rows else ""
+            seconds = cost.factors(columns, calls, is_kept=is_kept, as_rows=as_rows)
             found.append(Alternative("factors", seconds, self._held(self.factors, n, columns), how))
         if self.gram_engine.fits(*num_examples):
             seconds = cost.gram() + cost.kept_products(columns, calls)

@@ -31,6 +31,8 @@ OutputGradients: TypeAlias = Float[Tensor, "q b S o"]
 
 # Columns that are multiplied at once: the accumulator of a layer stays in cache, and products are wide enough.
 _COLUMNS = 4
+# Entries of a parameter so small that its sums are in float64.
+_FEW = 4096
 # Scaling a factor and multiplying with it stay in cache when they work on pieces of so many bytes.
 _PIECE_BYTES = 4 << 20
 # Bytes moved cost as much as so many operations of a matrix product.
@@ -57,6 +59,10 @@ class Use(ABC):
     def rows(self, examples: slice = slice(None)) -> ParameterRows:
         """Write the rows of J down."""
 
+    def as_rows(self) -> Rows:
+        """The same with positions summed."""
+        return Rows(self.rows())
+
     @abstractmethod
     def first(self, num_examples: int) -> Use:
         """The same for the first examples of the chunk."""
@@ -76,13 +82,17 @@ class Rows(Use):
 
     @override
     def pull(self, V: Coefficients, W: ParameterColumns) -> None:
+        V, R = V.flatten(0, 1), self.R.flatten(0, 1)
+        if R.shape[1] > _FEW:
+            add_gram_(W, V, R)
+            return
         # A bias near the output has one large gradient for all examples: it carries the largest eigenvector, and what
         # a long float32 sum loses would hide small eigenvalues. In float64 it costs next to nothing.
-        W += (V.flatten(0, 1).mT.double() @ self.R.flatten(0, 1).double()).to(W.dtype)
+        W += (V.mT.double() @ R.double()).to(W.dtype)
 
     @override
     def push(self, W: ParameterColumns, Y: Coefficients) -> None:
-        Y.add_((self.R.flatten(0, 1) @ W.mT).view_as(Y))
+        Y.add_(times_transposed(self.R.flatten(0, 1), W).view_as(Y))
 
     @override
     def rows(self, examples: slice = slice(None)) -> ParameterRows:
@@ -215,6 +225,14 @@ class Outer(Use):
         R = torch.bmm(G.reshape(b, q * o, S), A).view(b, q, o, -1)
         return (R if self.is_transposed else R.mT).flatten(2)
 
+    @override
+    def as_rows(self) -> Rows:
+        q, S, o, i = self._sizes
+        R = self.G.new_empty(self.G.shape[1], q, o * i)
+        for piece in self._pieces(max(S * i, q * o * i)):
+            R[piece] = self.rows(piece)
+        return Rows(R)
+
     @property
     def bytes_per_output(self) -> int:
         """Bytes of the rows of J that belong to one output of the layer."""
@@ -294,6 +312,11 @@ def contraction_cost(S: int, o: int, i: int, itemsize: int, *, q: int, k: int) -
     Of the two contractions the cheaper one. Of a parameter without positions, ``S = i = 1``.
     """
     return min(_by_position(S, o, i, itemsize, q=q, k=k), _by_example(S, o, i, itemsize, q=q, k=k))
+
+
+def rows_cost(p: int, itemsize: int, *, q: int, k: int) -> float:
+    """The same where rows of J are there."""
+    return 4.0 * q * p * k + _BALANCE * itemsize * 2 * q * p
 
 
 def _by_position(S: int, o: int, i: int, itemsize: int, *, q: int, k: int) -> float:
