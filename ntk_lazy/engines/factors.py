@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import product
 from typing import TypeAlias, final
 
@@ -16,7 +17,7 @@ from ntk_lazy.engines.autodiff import AutodiffEngine
 from ntk_lazy.engines.chunks import Chunks, is_same_view, slack, slices, working_set
 from ntk_lazy.engines.contract import ColumnsFirst, Engine, ExampleRows, GramMatrix, OtherBlock, Preflight
 from ntk_lazy.engines.flat import FlatLayout
-from ntk_lazy.engines.tiles import add_tile, layers, plain_parameters, row_slices
+from ntk_lazy.engines.tiles import add_tile, merged_layers, part_of, plain_parameters, row_slices
 from ntk_lazy.engines.uses import Coefficients, Rows, Use
 from ntk_lazy.errors import BudgetError
 from ntk_lazy.gemm import times_transposed
@@ -26,7 +27,8 @@ from ntk_lazy.precision import differentiable_attention, ieee_precision
 from ntk_lazy.shapes import Block, SmallMatrix
 
 _KEPT_SHARE = 0.5  # of the budget: factors that stay while a product, or a series of them, runs
-_ROWS_SHARE = 0.125  # of the budget: rows of J of one layer
+_ROWS_SHARE = 0.0625  # of the budget: rows of J of one layer
+_TILE = 1024  # rows of a tile of K
 _BLOCK_SHARE = 0.25  # of the budget: parameter columns of one layer, or of all
 
 
@@ -42,6 +44,11 @@ class Chunk:
 
     examples: slice
     uses: tuple[dict[str, list[Use]], ...]
+
+    @property
+    def num_examples(self) -> int:
+        """How many."""
+        return self.examples.stop - self.examples.start
 
 
 Chunked: TypeAlias = Callable[[], Iterable[Chunk]]  # goes through all chunks, as often as it is called
@@ -81,9 +88,10 @@ class FactorEngine(Engine):
 
     @property
     def bytes_per_example(self) -> int:
-        """Factors of one example."""
+        """Factors of one example, or its rows of J where these are smaller."""
         q = self.layout.rows_per_example * self.layout.passes
-        return sum(c.source_bytes + q * c.gradient_bytes for c in self.coverage.costs.values())
+        factors = sum(c.source_bytes + q * c.gradient_bytes for c in self.coverage.costs.values())
+        return factors + sum(self._extra_bytes(name) for name in self._compact)
 
     def keeps(self, num_examples: int) -> bool:
         """Whether the factors of so many examples are held between products, and between the halves of one."""
@@ -96,10 +104,9 @@ class FactorEngine(Engine):
         costs no more than half a product by position with q columns.
         """
         room = self.budget * _KEPT_SHARE - num_examples * self.bytes_per_example
-        chosen = set()
+        chosen = set(self._compact)
         for extra, name in sorted((self._extra_bytes(name), name) for name in self.coverage.costs):
-            fits = max(0, extra) * num_examples <= room
-            if fits and self.coverage.costs[name].num_positions > self.layout.rows_per_example:
+            if name not in chosen and self._gains_by_rows(name) and extra * num_examples <= room:
                 chosen.add(name)
                 room -= extra * num_examples
         return frozenset(chosen)
@@ -195,7 +202,7 @@ class FactorEngine(Engine):
             for name, place in self.rest.flat.slices().items():
                 J[..., places[name]] = rest[..., place]
         with torch.no_grad(), ieee_precision(), differentiable_attention():
-            for chunk in self._capture(x, self._chunk_size(x.shape[0])):
+            for chunk in self._capture(x, self._chunk_size(x.shape[0]), frozenset()):
                 for number, uses in enumerate(chunk.uses):
                     for name, found in uses.items():
                         J[chunk.examples, :, number, places[name]] = sum(use.rows() for use in found)
@@ -214,24 +221,17 @@ class FactorEngine(Engine):
             # Factors of both sides of a tile are held, in the share of the budget that kept ones have.
             size = max(1, int(self.budget * _KEPT_SHARE / 2) // max(1, self.bytes_per_example))
             for i in slices(x1.shape[0], size):
-                left = list(self._chunks(x1[i], is_held=True)())
-                for j in slices(x2.shape[0], size):
-                    if is_symmetric and j.start < i.start:
-                        continue
-                    is_diagonal = is_symmetric and i == j
-                    right = left if is_diagonal else list(self._chunks(x2[j], is_held=True)())
-                    tile = out[i.start * r : i.stop * r, j.start * r : j.stop * r]
-                    for number in range(self.layout.passes):
-                        self._add_gram(number, left, right, tile)
+                self._add_strip(x1[i], x2, out[_rows(i, r)], begin=i.start if is_symmetric else 0, size=size)
             if is_symmetric:
-                _mirror(out, self._chunk_size(x1.shape[0]) * r)
+                _mirror(out, _TILE)
 
     @override
     def chunks(self, num_examples: int, num_columns: int) -> Chunks:
         size = self._chunk_size(num_examples)
         names = list(self.coverage.costs)
         as_rows = self.row_parameters(num_examples)
-        whole = num_examples * (self.bytes_per_example + sum(self._extra_bytes(name) for name in as_rows))
+        extra = sum(self._extra_bytes(name) for name in as_rows - self._compact)
+        whole = num_examples * (self.bytes_per_example + extra)
         kept = whole if self.keeps(num_examples) else size * self.bytes_per_example
         group = names if kept < whole else [max(names, key=lambda n: self.coverage.costs[n].num_params)]
         columns = self._columns(group, num_columns)
@@ -260,6 +260,15 @@ class FactorEngine(Engine):
         return self.autodiff.bilinear_gradient(x1, x2, U, V, wrt=wrt)
 
     # How it goes through examples.
+
+    @cached_property
+    def _compact(self) -> frozenset[str]:
+        """Parameters whose rows are smaller than their factors."""
+        costs = self.coverage.costs
+        return frozenset(name for name in costs if self._gains_by_rows(name) and self._extra_bytes(name) <= 0)
+
+    def _gains_by_rows(self, name: str) -> bool:
+        return self.coverage.costs[name].num_positions > self.layout.rows_per_example
 
     def _extra_bytes(self, name: str) -> int:
         """Bytes that rows take beyond factors, for one example."""
@@ -318,21 +327,23 @@ class FactorEngine(Engine):
         for group in [[name] for name in names] if is_held else [names]:
             yield group, (left, right)
 
-    def _chunks(self, x: Tensor, *, is_held: bool, as_rows: frozenset[str] = frozenset()) -> Chunked:
+    def _chunks(self, x: Tensor, *, is_held: bool, as_rows: frozenset[str] | None = None) -> Chunked:
         """Go through the factors of all examples, which are held or made anew each time."""
-        size = self._chunk_size(x.shape[0])
+        size, as_rows = self._chunk_size(x.shape[0]), self._compact if as_rows is None else as_rows
         if not is_held:
-            return lambda: self._capture(x, size)
+            return lambda: self._capture(x, size, self._compact)
         key = (x.data_ptr(), x.shape, x.stride(), as_rows)
         if self._kept is not None and key in self._kept:
             held = self._kept[key]
         else:
+            if self._kept is not None:
+                self._kept.clear()
             held = list(self._capture(x, size, as_rows))
             if self._kept is not None:
-                self._kept = {key: held}
+                self._kept[key] = held
         return lambda: held
 
-    def _capture(self, x: Tensor, size: int, as_rows: frozenset[str] = frozenset()) -> Iterator[Chunk]:
+    def _capture(self, x: Tensor, size: int, as_rows: frozenset[str]) -> Iterator[Chunk]:
         cotangents = self.layout.cotangents(dtype=self.model.dtype, device=x.device)
         passes = cotangents.reshape(self.layout.rows_per_example, self.layout.passes, -1).unbind(1)
         for examples in slices(x.shape[0], size):
@@ -358,26 +369,46 @@ class FactorEngine(Engine):
                         use.pull(coefficients, W[name][number])
         return W
 
+    def _add_strip(self, x1: Tensor, x2: Tensor, out: GramMatrix, *, begin: int, size: int) -> None:
+        """Add the rows of K of some examples, from the column of an example on, in blocks of so many examples."""
+        r = self.layout.rows_per_example
+        left = list(self._chunks(x1, is_held=True)())
+        right: list[Chunk] = []
+        for j in slices(x2.shape[0] - begin, size):
+            columns = slice(j.start + begin, j.stop + begin)
+            part, right = x2[columns], []  # let go before its successor is made
+            right = left if is_same_view(x1, part) else list(self._chunks(part, is_held=True)())
+            for number in range(self.layout.passes):
+                self._add_gram(number, left, right, out[:, _rows(columns, r)])
+
     def _add_gram(self, number: int, left: list[Chunk], right: list[Chunk], out: GramMatrix) -> None:
         """Add one pass; of a symmetric K the tiles on the diagonal and above."""
-        r = self.layout.rows_per_example
-        sides = [[chunk.uses[number] for chunk in side] for side in (left, right)]
-        plain = plain_parameters(sides[0] + sides[1])
-        grouped = [[layers(uses, plain) for uses in side] for side in sides]
-        for (i, a), (j, b) in product(enumerate(left), enumerate(right)):
-            if left is right and j < i:
-                continue
-            tile = out[_rows(a, r), _rows(b, r)].unflatten(1, (-1, r)).unflatten(0, (-1, r))
-            for names, layer in grouped[0][i].items():
-                add_tile(layer, grouped[1][j][names], tile)
+        r, is_symmetric = self.layout.rows_per_example, left is right
+        uses = [[chunk.uses[number] for chunk in side] for side in (left, right)]
+        plain = plain_parameters(uses[0] + uses[1])
+        tiles = self._tiles(out.shape, _TILE, is_symmetric=is_symmetric)
+        first = merged_layers(uses[0], plain)
+        second = first if is_symmetric else merged_layers(uses[1], plain)
+        for (names, layer), (i, j) in product(first.items(), tiles):
+            tile = out[_rows(i, r), _rows(j, r)].unflatten(1, (-1, r)).unflatten(0, (-1, r))
+            add_tile(part_of(layer, i), part_of(second[names], j), tile)
+        del first, second
+        # Positions are unfolded once for each part of a layer: few large parts cost less.
+        limit = int(min(self.budget * _ROWS_SHARE, 4 * working_set(self.model.device.type)))
         for name in self.coverage.costs.keys() - plain:
-            first = [uses[name] for uses in sides[0]]
-            second = first if left is right else [uses[name] for uses in sides[1]]
-            for rows1, rows2 in row_slices(first, second, int(self.budget * _ROWS_SHARE)):
-                for (i, a), (j, b) in product(enumerate(left), enumerate(right)):
-                    R1, R2 = rows1[i], rows2[j]
-                    if R1 is not None and R2 is not None and not (left is right and j < i):
-                        out[_rows(a, r), _rows(b, r)] += times_transposed(R1.flatten(0, 1), R2.flatten(0, 1))
+            sides = [
+                [(chunk.num_examples * r, chunk.uses[number][name]) for chunk in side]
+                for side in ((left,) if is_symmetric else (left, right))
+            ]
+            for rows1, rows2 in row_slices(sides[0], sides[-1], limit // self.model.dtype.itemsize):
+                for i, j in self._tiles(out.shape, _TILE // 2, is_symmetric=is_symmetric):
+                    out[_rows(i, r), _rows(j, r)] += times_transposed(rows1[_rows(i, r)], rows2[_rows(j, r)])
+
+    def _tiles(self, shape: torch.Size, size: int, *, is_symmetric: bool) -> list[tuple[slice, slice]]:
+        """Examples of the tiles of K, of about so many rows; of a symmetric K those on the diagonal and above."""
+        r = self.layout.rows_per_example
+        rows, columns = (list(slices(n // r, max(1, size // r))) for n in shape)
+        return [(i, j) for i in rows for j in columns if not is_symmetric or j.start >= i.start]
 
     def _push(self, chunks: Chunked, W: dict[str, Tensor], Y: Block) -> None:
         """Add ``J Wᵀ`` to Y."""
@@ -399,8 +430,8 @@ def _as_rows(uses: list[Use]) -> Rows:
     return first
 
 
-def _rows(chunk: Chunk, rows_per_example: int) -> slice:
-    return slice(chunk.examples.start * rows_per_example, chunk.examples.stop * rows_per_example)
+def _rows(examples: slice, rows_per_example: int) -> slice:
+    return slice(examples.start * rows_per_example, examples.stop * rows_per_example)
 
 
 def _mirror(K: GramMatrix, size: int) -> None:

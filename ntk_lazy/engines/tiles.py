@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TypeAlias
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ntk_lazy.engines.uses import Outer, ParameterRows, Rows, Use
+from ntk_lazy.engines.uses import Outer, Rows, Use
 from ntk_lazy.gemm import times_transposed
 
 Uses: TypeAlias = Mapping[str, list[Use]]
+Side: TypeAlias = list[tuple[int, list[Use]]]
+FlatRows: TypeAlias = Float[Tensor, "n w"]
 # Gradients (b, q, o), and the inputs (b, i) that they meet; None for those of a bias.
 Layer: TypeAlias = tuple[Float[Tensor, "b q o"], list[Tensor | None]]
 
@@ -26,8 +29,14 @@ def plain_parameters(chunks: Sequence[Uses]) -> set[str]:
     return plain - {name for names in lonely for name in names}
 
 
+def merged_layers(chunks: Sequence[Uses], plain: Collection[str]) -> dict[tuple[str, ...], Layer]:
+    """Join the factors of all chunks, of the parameters that share their gradients: a weight and its bias."""
+    found = [layers(uses, plain) for uses in chunks]
+    return {names: _joined([layers[names] for layers in found]) for names in found[0]} if found else {}
+
+
 def layers(uses: Uses, plain: Collection[str]) -> dict[tuple[str, ...], Layer]:
-    """Bring together the parameters that share their gradients: a weight and its bias."""
+    """Bring together the parameters that share their gradients."""
     found: dict[int, tuple[list[str], Layer]] = {}
     for name in uses:
         factors = _factors(uses[name]) if name in plain else None
@@ -57,35 +66,52 @@ def add_tile(left: Layer, right: Layer, tile: Float[Tensor, "b1 q b2 q"]) -> Non
     tile.addcmul_(outer.view_as(tile), inner.add_(num_biases)[:, None, :, None])
 
 
-def row_slices(
-    left: Sequence[list[Use]], right: Sequence[list[Use]], limit: int
-) -> Iterator[tuple[Sequence[ParameterRows | None], Sequence[ParameterRows | None]]]:
-    """Write down rows of J of one parameter for all chunks of two sides, the same entries of it on both at a time.
+def part_of(layer: Layer, examples: slice) -> Layer:
+    """The factors of some examples."""
+    G, inputs = layer
+    return G[examples], [None if A is None else A[examples] for A in inputs]
+
+
+def row_slices(left: Side, right: Side, num_entries: int) -> Iterator[tuple[FlatRows, FlatRows]]:
+    """Write down rows of J of one parameter for all examples of two sides, the same entries of it on both at a time.
 
     Args:
-        left: For each chunk, the uses of the parameter.
+        left: For each chunk the rows of J that it has, and the uses of the parameter there, perhaps none.
         right: The same of the other side.
-        limit: Bytes of rows at once.
-
-    Returns:
-        For each chunk of each side its rows; None where they are zero.
+        num_entries: Numbers in the rows of both sides at once.
     """
-    outers = [_outer(found) for side in (left, right) for found in side]
-    if any(outer is None for outer in outers):
-        rows = [_sum([use.rows() for use in found]) if found else None for found in left]
-        yield rows, rows if left is right else [_sum([use.rows() for use in f]) if f else None for f in right]
+    sides = (left,) if left is right else (left, right)
+    found = [uses for side in sides for _, uses in side if uses]
+    if not found:
         return
-    found = [outer for outer in outers if outer is not None]
-    width = found[0].G.shape[3]
-    size = max(1, limit // sum(outer.bytes_per_output for outer in found))
-    for begin in range(0, width, size):
-        part = slice(begin, min(begin + size, width))
-        rows = [outer.of_outputs(part).rows() for outer in found[: len(left)]]
-        yield rows, rows if left is right else [outer.of_outputs(part).rows() for outer in found[len(left) :]]
+    first = found[0][0]
+    is_alike = all(len(uses) == 1 and type(uses[0]) is type(first) for uses in found)
+    num_rows = sum(num for side in sides for num, _ in side)
+    for part in first.parts(max(1, num_entries // max(num_rows, 1))) if is_alike else [None]:
+        rows = [_flat(side, part) for side in sides]
+        yield rows[0], rows[-1]
 
 
-def _outer(found: list[Use]) -> Outer | None:
-    return found[0] if len(found) == 1 and isinstance(found[0], Outer) else None
+def _flat(side: Side, part: slice | None) -> FlatRows:
+    flat, begin = torch.empty(0), 0
+    total = sum(num for num, _ in side)
+    for num, uses in side:
+        if uses:
+            piece = _sum([use.rows() if part is None else use.part(part) for use in uses]).flatten(0, 1)
+            if flat.ndim == 1:
+                # Chunks without a use of the parameter have rows of zeros.
+                make = piece.new_empty if all(uses for _, uses in side) else piece.new_zeros
+                flat = make(total, piece.shape[1])
+            flat[begin : begin + num] = piece
+        begin += num
+    return flat
+
+
+def _joined(layers: list[Layer]) -> Layer:
+    if len(layers) == 1:
+        return layers[0]
+    inputs = zip(*(inputs for _, inputs in layers), strict=True)
+    return torch.cat([G for G, _ in layers]), [None if one[0] is None else torch.cat(one) for one in inputs]
 
 
 def _sum(parts: list[Tensor]) -> Tensor:

@@ -64,6 +64,14 @@ class Use(ABC):
         return Rows(self.rows())
 
     @abstractmethod
+    def parts(self, num_entries: int) -> Iterator[slice]:
+        """Divide the entries of the parameter into parts of about so many; what a part counts is up to the use."""
+
+    @abstractmethod
+    def part(self, which: slice) -> ParameterRows:
+        """Write the rows of J down for one part."""
+
+    @abstractmethod
     def first(self, num_examples: int) -> Use:
         """The same for the first examples of the chunk."""
 
@@ -97,6 +105,14 @@ class Rows(Use):
     @override
     def rows(self, examples: slice = slice(None)) -> ParameterRows:
         return self.R[examples]
+
+    @override
+    def parts(self, num_entries: int) -> Iterator[slice]:
+        return slices(self.R.shape[2], num_entries)
+
+    @override
+    def part(self, which: slice) -> ParameterRows:
+        return self.R[:, :, which]
 
     @override
     def first(self, num_examples: int) -> Rows:
@@ -233,15 +249,14 @@ class Outer(Use):
             R[piece] = self.rows(piece)
         return Rows(R)
 
-    @property
-    def bytes_per_output(self) -> int:
-        """Bytes of the rows of J that belong to one output of the layer."""
-        q, _, _, i = self._sizes
-        return self.G.shape[1] * q * i * self.G.element_size()
+    @override
+    def parts(self, num_entries: int) -> Iterator[slice]:
+        _, _, o, i = self._sizes
+        return slices(o, max(1, num_entries // i))
 
-    def of_outputs(self, part: slice) -> Outer:
-        """The same for some outputs of the layer."""
-        return replace(self, G=self.G[..., part])
+    @override
+    def part(self, which: slice) -> ParameterRows:
+        return replace(self, G=self.G[..., which]).as_rows().R
 
     @override
     def first(self, num_examples: int) -> Outer:
@@ -300,6 +315,15 @@ class Lookup(Use):
         R = G.new_zeros(b, q, self.num_tokens, d)
         place = tokens[:, None, :, None].expand(b, q, S, d)
         return R.scatter_add_(2, place, G.transpose(0, 1)).flatten(2)
+
+    @override
+    def parts(self, num_entries: int) -> Iterator[slice]:
+        d = self.G.shape[3]
+        return slices(d, max(1, num_entries // self.num_tokens))
+
+    @override
+    def part(self, which: slice) -> ParameterRows:
+        return replace(self, G=self.G[..., which]).rows()
 
     @override
     def first(self, num_examples: int) -> Lookup:

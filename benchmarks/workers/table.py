@@ -1,0 +1,136 @@
+"""Results as lines, as a page, and beside what was asked."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """Time one call."""
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began
+
+
+def line(row: Row) -> str:
+    """One result."""
+    head = f"{row['measure']:42s} {row['tool']:20s}"
+    if "failure" in row:
+        return f"{head} {row['failure']}"
+    a_column = f"{row['seconds'] / row['k']:10.5f} s a column" if row["task"] == "product" else ""
+    return (
+        f"{head} {row['seconds']:9.3f} s (first {row['first_seconds']:8.3f}) {a_column:22s} "
+        f"{row['peak_bytes'] / 1e9:7.3f} GB  off by {row['error']:.0e}"
+    )
+
+
+def rate(results: dict[str, Any]) -> float:
+    """The best rate of float32 matrix products that the machine showed in the run."""
+    about = results["machine"]
+    return max([*about["gflops"].values(), *about["gflops at the end"].values()]) * 1e9
+
+
+def bars(results: dict[str, Any]) -> str:
+    """What was asked of each case, beside what came out."""
+    return "\n".join(f"{'met   ' if met else 'MISSED'} {text}" for met, text in _bars(results))
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The page: machine, bars, and all rows."""
+    about = results["machine"]
+    rates = ", ".join(f"{name} {value:.0f}" for name, value in about["gflops"].items())
+    parts = [
+        "# Measured beside other libraries",
+        "This page is written by `nox -s bench`. Each line is one job in a process of its own; its result was compared "
+        "with plain `torch.func` in float64 before its time counted. Compare lines of one table with each other, and "
+        "nothing with another machine.",
+        f"{about['threads']} threads, torch {about['torch']}, Python {about['python']}. Float32 matrix products of 2048 "
+        f"rows at the start of the run, in GFLOP/s: {rates}.",
+        "## What was asked\n",
+        "| case | |\n|---|---|",
+        *[f"| {text} | {'met' if met else '**missed**'} |" for met, text in _bars(results)],
+        "\n## All measures\n",
+        "`first` includes making the kernel and whatever is kept afterwards, or compiled; memory is the peak beyond what "
+        "the process held with its libraries and data loaded.\n",
+        "| job | library | seconds | a column | first | peak GB | off by |\n|---|---|---|---|---|---|---|",
+        *map(_cells, results["rows"]),
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def _cells(row: Row) -> str:
+    head = f"| {row['measure']} | {row['tool']} |"
+    if "failure" in row:
+        return f"{head} {row['failure'].replace('|', '/')} | | | | |"
+    a_column = f"{row['seconds'] / row['k']:.5f}" if row["task"] == "product" else ""
+    memory = f"{row['peak_bytes'] / 1e9:.2f}"
+    return f"{head} {row['seconds']:.3f} | {a_column} | {row['first_seconds']:.2f} | {memory} | {row['error']:.0e} |"
+
+
+def _bars(results: dict[str, Any]) -> Iterator[tuple[bool, str]]:
+    rows = [row for row in results["rows"] if "failure" not in row]
+
+    def of(case: str, task: str, n: int, k: int) -> dict[str, Row]:
+        wanted = (case, task, n, k)
+        return {r["tool"]: r for r in rows if (r["case"], r["task"], r["num_examples"], r["k"]) == wanted}
+
+    found = of("mlp", "eigen", 10_000, 200)
+    if len(found) > 1:
+        ours, peer = found.pop("ntk_lazy"), min(found.values(), key=lambda r: r["seconds"])
+        yield _faster("200 pairs, N = 10,000", ours, peer, 10)
+        yield _smaller("200 pairs, N = 10,000", ours, peer, 0.25)
+    found = of("mlp", "dense", 10_000, 0)
+    if len(found) > 1:
+        yield _faster("dense K, N = 10,000", found["ntk_lazy"], found["neural-tangents (3)"], 12)
+    for k, tool, asked in ((32, "curvlinops", 3.0), (8, "neural-tangents", 2.0)):
+        found = of("mlp", "product", 50_000, k)
+        if tool in found:
+            yield _faster(f"product, N = 50,000, k = {k}", found["ntk_lazy"], found[tool], asked)
+        if k == 32 and "ntk_lazy" in found:
+            share = 4.0 * 50_000 * found["ntk_lazy"]["num_params"] * k / found["ntk_lazy"]["seconds"] / rate(results)
+            yield share >= 0.6, f"product, N = 50,000, k = 32: {share:.0%} of the best matrix product, 60 % asked"
+    for case, k, asked in (
+        ("cnn", 16, 8),
+        ("cnn", 64, 25),
+        ("transformer", 16, 12),
+        ("transformer", 64, 50),
+        ("cnn, C=10", 16, 1.5),
+        ("cnn, C=10", 64, 5),
+        ("transformer, C=10", 16, 1.5),
+        ("transformer, C=10", 64, 5),
+    ):
+        found = of(case, "product", 256, k)
+        peers = [found[tool] for tool in ("curvlinops", "neural-tangents") if tool in found]
+        if peers and "ntk_lazy" in found:
+            yield _faster(f"product, {case}, k = {k}", found["ntk_lazy"], min(peers, key=lambda r: r["seconds"]), asked)
+    for case in ("cnn", "transformer"):
+        found = of(case, "dense", 2_000, 0)
+        peers = [row for tool, row in found.items() if tool.startswith("neural-tangents")]
+        if peers and "ntk_lazy" in found:
+            peer = min(peers, key=lambda r: r["seconds"])
+            yield _faster(f"dense K of 2,000, {case}", found["ntk_lazy"], peer, 2)
+            yield _smaller(f"dense K of 2,000, {case}", found["ntk_lazy"], peer, 0.5)
+    found = of("mlp", "eigen", 273_280, 20)
+    if "ntk_lazy" in found:
+        ours = found["ntk_lazy"]
+        limit = 2 * ours["columns"] * 4.0 * 273_280 * ours["num_params"] / rate(results)
+        yield (
+            ours["seconds"] <= limit,
+            f"20 pairs, N = 273,280: {ours['seconds']:.0f} s for {ours['columns']} columns, at most {limit:.0f} s asked",
+        )
+        memory = ours["peak_bytes"] / 1e9
+        yield memory < 6, f"20 pairs, N = 273,280: {memory:.1f} GB, less than 6 GB asked"
+
+
+def _faster(what: str, ours: Row, peer: Row, asked: float) -> tuple[bool, str]:
+    ratio = peer["seconds"] / ours["seconds"]
+    return ratio >= asked, f"{what}: {ratio:.1f} times as fast as {peer['tool']}, {asked:g} asked"
+
+
+def _smaller(what: str, ours: Row, peer: Row, asked: float) -> tuple[bool, str]:
+    ratio = ours["peak_bytes"] / peer["peak_bytes"]
+    return ratio <= asked, f"{what}: {ratio:.2f} of the memory of {peer['tool']}, {asked:g} asked"
