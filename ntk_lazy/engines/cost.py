@@ -111,6 +111,5 @@ class CostModel:
 
 
 def _sizes(cost: LayerCost, itemsize: int) -> tuple[int, int, int, int]:
-    """``S, o, i`` and the size of a number: what is kept of a gradient says how many outputs a layer has."""
-    outputs = max(1, cost.gradient_bytes // (itemsize * cost.num_positions))
-    return cost.num_positions, outputs, max(1, cost.num_params // outputs), itemsize
+    """``S, o, i`` and the size of a number."""
+    return cost.num_positions, cost.num_outputs, max(1, cost.num_params // cost.num_outputs), itemsize

@@ -39,12 +39,14 @@ class LayerCost:
         source_bytes: What is kept of the input of its layer.
         gradient_bytes: What is kept of the gradient at its output, for one row of J.
         num_positions: S; 1 where rows are kept.
+        num_outputs: Width of the layer behind it; that of the parameter where rows are kept.
     """
 
     num_params: int
     source_bytes: int
     gradient_bytes: int
     num_positions: int
+    num_outputs: int
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,9 @@ class Coverage:
                 uncovered[name] = "its factors disagree with autograd"
         for name in model.params.keys() - uses.keys() - uncovered.keys():
             uncovered[name] = "it does not reach the output of the first examples"
-        covered = {name: _cost(found, x.shape[0]) for name, found in uses.items() if name not in uncovered}
+        # A weight and its bias have the same gradients, which are held once.
+        counted: set[int] = set()
+        covered = {name: _cost(found, x.shape[0], counted) for name, found in uses.items() if name not in uncovered}
         return cls(covered, uncovered)
 
 
@@ -166,15 +170,20 @@ def _detached(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: t.detach() for name, t in tensors.items()}
 
 
-def _cost(uses: list[Use], num_examples: int) -> LayerCost:
-    sources = sum(u.source.nbytes for u in uses if isinstance(u, Outer))
-    total = sum(u.num_bytes for u in uses)
+def _cost(uses: list[Use], num_examples: int, counted: set[int]) -> LayerCost:
+    """Measure what is held, leaving out what was counted before."""
     rows = uses[0].rows(slice(0, 1))
     q = rows.shape[1]
-    positions = max((u.G.shape[2] for u in uses if isinstance(u, Outer)), default=1)
+    sources = gradients = 0
+    for use in uses:
+        source, gradient = use.held
+        sources += 0 if source is None or source.data_ptr() in counted else source.nbytes
+        gradients += 0 if gradient.data_ptr() in counted else gradient.nbytes
+        counted |= {t.data_ptr() for t in use.held if t is not None}
     return LayerCost(
         num_params=rows.shape[2],
         source_bytes=-(-sources // num_examples),
-        gradient_bytes=-(-(total - sources) // (num_examples * q)),
-        num_positions=positions,
+        gradient_bytes=-(-gradients // (num_examples * q)),
+        num_positions=max((u.G.shape[2] for u in uses if isinstance(u, Outer)), default=1),
+        num_outputs=max((u.G.shape[3] for u in uses if isinstance(u, Outer)), default=rows.shape[2]),
     )

@@ -44,8 +44,8 @@ class Use(ABC):
 
     @property
     @abstractmethod
-    def num_bytes(self) -> int:
-        """Bytes of the factors."""
+    def held(self) -> tuple[Tensor | None, Tensor]:
+        """The factors: one that is the same for every row of J of an example, if there is one, and the other."""
 
     @abstractmethod
     def pull(self, V: Coefficients, W: ParameterColumns) -> None:
@@ -85,8 +85,8 @@ class Rows(Use):
 
     @property
     @override
-    def num_bytes(self) -> int:
-        return self.R.numel() * self.R.element_size()
+    def held(self) -> tuple[Tensor | None, Tensor]:
+        return None, self.R
 
     @override
     def pull(self, V: Coefficients, W: ParameterColumns) -> None:
@@ -174,8 +174,8 @@ class Outer(Use):
 
     @property
     @override
-    def num_bytes(self) -> int:
-        return self.source.numel() * self.source.element_size() + self.G.numel() * self.G.element_size()
+    def held(self) -> tuple[Tensor | None, Tensor]:
+        return self.source, self.G
 
     @property
     def _sizes(self) -> tuple[int, int, int, int]:
@@ -291,8 +291,8 @@ class Lookup(Use):
 
     @property
     @override
-    def num_bytes(self) -> int:
-        return self.G.numel() * self.G.element_size() + self.tokens.numel() * 8
+    def held(self) -> tuple[Tensor | None, Tensor]:
+        return self.tokens, self.G
 
     @override
     def pull(self, V: Coefficients, W: ParameterColumns) -> None:
