@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import nox
+from nox.command import CommandFailed
 
 nox.options.sessions = ["lint", "types", "tests", "docs", "build"]
 nox.options.reuse_existing_virtualenvs = True
@@ -56,13 +57,47 @@ def docs(session: nox.Session) -> None:
     session.run("sphinx-build", "-W", "--keep-going", "-b", "html", "docs", "docs/_build/html")
 
 
+# Other libraries, each set at versions that work together, in environments of their own.
+PEERS = {
+    "torch": (*CONSTRAINTS, "torch", "curvlinops-for-pytorch==3.0.1", "nngeometry==0.4", "scipy"),
+    "jax": (
+        "neural-tangents==0.6.5",
+        "jax==0.4.23",
+        "jaxlib==0.4.23",
+        "numpy==1.26.4",
+        "scipy==1.12.0",
+        "tf2jax==0.3.5",
+    ),
+    "primme": ("primme==3.2.3", "numpy", "scipy"),
+}
+
+
+def _peers(session: nox.Session) -> list[str]:
+    """Make the environments that can be made: PRIMME has no wheels and needs LAPACK's headers."""
+    found = []
+    for name, packages in PEERS.items():
+        folder = Path(session.create_tmp()).resolve() / name
+        python = folder / "bin" / "python"
+        try:
+            if not (folder / "complete").exists():
+                session.run("python", "-m", "venv", str(folder))
+                session.run(str(python), "-m", "pip", "install", "--quiet", *packages, external=True)
+                (folder / "complete").touch()
+        except CommandFailed:
+            session.warn(f"{name} could not be installed: its measures are left out")
+        else:
+            found.append(f"--python={name}={python}")
+    return found
+
+
 @nox.session
 def bench(session: nox.Session) -> None:
     """Print the benchmarks, each in a process of its own; name some to run only these."""
     _install(session, "test")
     chosen = session.posargs or sorted(p.stem for p in Path("benchmarks").glob("*.py"))
     for name in chosen:
-        session.run("python", f"benchmarks/{name}.py")
+        more = [*_peers(session), "--results", "docs/benchmarks.json"] if name == "peers" else []
+        session.run("python", f"benchmarks/{name}.py", *more)
 
 
 @nox.session

@@ -28,8 +28,8 @@ import torch
 WORKERS = Path(__file__).parent / "workers"
 sys.path.insert(0, str(WORKERS))
 import table
+from columns import count
 from networks import CASES
-
 
 NUM_CHECKED = 10
 LARGEST_ERROR = {"product": 2e-5, "dense": 2e-5, "eigen": 2e-3}
@@ -247,7 +247,8 @@ def main() -> None:
     print(json.dumps(about), flush=True)
     rows = list(measure_all(chosen, pythons, options.threads))
     about["gflops at the end"] = machine(pythons, options.threads)["gflops"]
-    results = {"machine": about, "rows": rows}
+    columns = list(count(pythons.get("primme"))) if options.only in "columns" else []
+    results = {"machine": about, "rows": rows, "columns": columns}
     if options.results:
         options.results.write_text(json.dumps(results, indent=1) + "\n")
         options.results.with_suffix(".md").write_text(table.markdown(results))

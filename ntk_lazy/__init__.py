@@ -3,6 +3,7 @@
 from ntk_lazy.alignment import (
     kernel_distance,
     kernel_target_alignment,
+    layer_energies,
     principal_angles,
     relative_energy,
     spectral_position,
@@ -64,6 +65,7 @@ __all__ = [
     "kernel_distance",
     "kernel_slice",
     "kernel_target_alignment",
+    "layer_energies",
     "ntk",
     "principal_angles",
     "radial_spectrum",

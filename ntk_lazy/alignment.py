@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, Protocol, runtime_checkable
+
 import torch
 from jaxtyping import Float64
 from torch import Tensor
@@ -14,6 +16,7 @@ from ntk_lazy.linalg import gram, row_tiles
 from ntk_lazy.precision import ieee_precision
 from ntk_lazy.products import Operator, quadratic_form, rows_of
 from ntk_lazy.rows import Rows
+from ntk_lazy.shapes import Block
 
 # A cumulative energy above 1 by this much is rounding in float32 vectors; more says that they are not orthonormal.
 _ENERGY_SLACK = 1e-3
@@ -143,6 +146,56 @@ def spectral_position(K: Operator, g: Tensor, *, trace: Estimate | None = None) 
     value = quadratic_form(K, direction, rows).trace().item() / squared_norm / total.value
     spent = direction.shape[1] + (total.num_products if trace is None else 0)
     return Estimate(value=value, standard_error=abs(value) * total.relative_error, num_products=spent)
+
+
+@runtime_checkable
+class HasParameterEnergies(Protocol):
+    """A kernel that knows what each parameter of its model adds to a quadratic form."""
+
+    def parameter_energies(self, V: Block) -> dict[str, Float64[Tensor, " k"]]:
+        """Return ``‖J_pᵀ v‖²`` for each parameter p and column v."""
+
+
+@ieee_precision()
+def layer_energies(
+    pairs: HasVectors | Tensor, K: HasParameterEnergies, *, by: Literal["layer", "parameter"] = "layer"
+) -> dict[str, Float64[Tensor, " k"]]:
+    """Split each eigenvalue into the parts that the layers of the network contribute.
+
+    K is a sum of kernels, one for each group of parameters: ``λ_i = Σ_l v_iᵀ K_l v_i``. A part says how fast the
+    network moves along an eigenvector by way of one layer.
+
+    Args:
+        pairs: An ``EigenResult`` of K, or a tensor ``(n, k)`` whose quadratic forms are split in the same way.
+        K: What ``ntk`` returns, on the same rows.
+        by: ``"layer"`` puts the parameters of one module together (weight and bias) under its name, and those that
+            the model itself holds under ``""``; ``"parameter"`` names each.
+
+    Returns:
+        For each layer, in the order of the model, ``‖J_lᵀ v_i‖²`` for i = 1 … k, float64 on the CPU, never negative.
+
+    Cost: one half product, and k parameter vectors or as many as the memory budget holds.
+
+    Raises:
+        ArgumentError: K has no parameters, or ``by`` is something else.
+        ShapeError: The vectors do not fit the rows of K.
+
+    Source: Baratin et al., Implicit regularization via neural feature alignment (AISTATS 2021), section 3.
+    """
+    if not isinstance(K, HasParameterEnergies):
+        raise ArgumentError(f"K is a {type(K).__name__}, which has no layers; pass a kernel of ntk().")
+    if by not in ("layer", "parameter"):
+        raise ArgumentError(f"by must be 'layer' or 'parameter', not {by!r}.")
+    V = span_of(pairs, name="pairs")
+    with torch.no_grad():
+        energies = K.parameter_energies(V)
+    if by == "parameter":
+        return energies
+    layers: dict[str, Tensor] = {}
+    for name, energy in energies.items():
+        layer = name.rpartition(".")[0]
+        layers[layer] = layers[layer] + energy if layer in layers else energy
+    return layers
 
 
 @ieee_precision()

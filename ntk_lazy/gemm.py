@@ -13,7 +13,7 @@ from functools import cache
 from typing import TypeAlias
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from ntk_lazy.precision import ieee_precision
@@ -22,6 +22,7 @@ Route: TypeAlias = Callable[[Tensor, Tensor], Tensor]  # from A and B to A Bᵀ
 
 _LEAST_WORK = 1 << 20  # multiplications from which the overhead of choosing does not show
 _REPEATS = 5
+_PIECE_BYTES = 16 << 20
 
 
 def times_transposed(A: Float[Tensor, "m i"], B: Float[Tensor, "n i"]) -> Float[Tensor, "m n"]:
@@ -36,6 +37,15 @@ def add_gram_(W: Float[Tensor, "n i"], D: Float[Tensor, "m n"], A: Float[Tensor,
         W.addmm_(D.mT, A)
     else:
         W.add_(route(D.mT, A.mT))
+
+
+def times_transposed_in_float64(A: Float[Tensor, "m i"], B: Float[Tensor, "n i"]) -> Float64[Tensor, "m n"]:
+    """Return ``A Bᵀ`` of long rows, summed in float64 by pieces, so that no float64 copy of a block is held."""
+    total = torch.zeros(A.shape[0], B.shape[0], dtype=torch.float64, device=A.device)
+    size = max(1, _PIECE_BYTES // (8 * max(A.shape[0], 1)))
+    for begin in range(0, A.shape[1], size):
+        total.addmm_(A[:, begin : begin + size].double(), B[:, begin : begin + size].double().mT)
+    return total
 
 
 def by_blas(A: Tensor, B: Tensor) -> Tensor:

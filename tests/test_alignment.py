@@ -332,3 +332,36 @@ def test_the_known_matrices_have_the_pairs_that_they_claim(decay):
     pairs = KnownPairs.of(K, 60)
     assert (pairs.values - decaying(decay, 60).sort(descending=True).values).abs().max() <= 1e-13 * pairs.values[0]
     assert pairs.residual_norms.max() <= 1e-13 * pairs.values[0]
+
+
+@pytest.mark.parametrize("engine", ["autodiff", "factors", "gram", "auto"])
+@pytest.mark.parametrize("outputs", ["full", "trace"])
+def test_layer_energies_split_each_eigenvalue_among_the_layers(engine: str, outputs: str):
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2)).double()
+    x = torch.randn(20, 3, dtype=torch.float64)
+    K = nl.ntk(net, x, engine=engine, outputs=outputs)
+    pairs = nl.eigsh(K, 5)
+    parts = nl.layer_energies(pairs, K)
+    assert list(parts) == ["0", "2"]
+    torch.testing.assert_close(sum(parts.values()), pairs.values)
+    for layer, energies in parts.items():
+        alone = nl.ntk(net, x, params=f"{layer}.*", engine="autodiff", outputs=outputs)
+        expected = (pairs.vectors * (alone @ pairs.vectors)).sum(0).detach()
+        torch.testing.assert_close(energies, expected)
+    by_parameter = nl.layer_energies(pairs, 2 * K, by="parameter")
+    assert list(by_parameter) == ["0.weight", "0.bias", "2.weight", "2.bias"]
+    torch.testing.assert_close(by_parameter["2.weight"] + by_parameter["2.bias"], 2 * parts["2"])
+
+
+def test_layer_energies_refuse_what_has_no_layers():
+    pairs = torch.eye(4, dtype=torch.float64)[:, :2]
+    with pytest.raises(nl.ArgumentError, match="kernel of ntk"):
+        nl.layer_energies(pairs, torch.eye(4))
+    net = torch.nn.Linear(2, 1).double()
+    K = nl.ntk(net, torch.randn(4, 2, dtype=torch.float64))
+    with pytest.raises(nl.ArgumentError, match="by must be"):
+        nl.layer_energies(pairs, K, by="module")
+    with pytest.raises(nl.ShapeError):
+        nl.layer_energies(torch.eye(5, dtype=torch.float64), K)
+    assert set(nl.layer_energies(pairs, K)) == {""}

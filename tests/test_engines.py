@@ -10,6 +10,8 @@ from case import Case
 from oracle import defect, dense_jacobian, dense_kernel
 from torch import Generator, Tensor, nn
 from torch.nn.functional import linear
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from zoo import RIGHT
 
 import ntk_lazy as nl
@@ -98,7 +100,7 @@ def test_both_contractions_of_the_factors_agree(case: Case, by_example: bool, mo
 
 @right
 def test_factors_that_do_not_fit_are_made_anew(case: Case, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("ntk_lazy.engines.factors.FactorEngine.keeps", lambda self, n: False)
+    monkeypatch.setattr("ntk_lazy.engines.factor_store.FactorStore.keeps", lambda self, n: False)
     J = jacobian(case, 5)
     K = kernel(case, "factors", chunk_size=2)
     V = columns(J.shape[0], 3, K.dtype)
@@ -177,6 +179,54 @@ def test_convolutions_of_every_kind_have_factors(layer: nn.Module):
         assert defect(K.to_dense(), J @ J.mT) < 1e-10
 
 
+class Largest(TorchDispatchMode):
+    """Notice the largest tensor that an operator makes."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            # A view of the table itself is no new tensor.
+            if isinstance(leaf, Tensor) and not leaf._is_view():
+                self.largest = max(self.largest, leaf.untyped_storage().nbytes() // leaf.element_size())
+        return result
+
+
+class Bag(nn.Module):
+    """A table that is looked up, and a readout."""
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(vocabulary, 8, padding_idx=1), nn.Linear(8, 2)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.table(tokens)).mean(1))
+
+
+@every_engine
+def test_of_a_table_only_the_rows_that_occur_take_part(engine: str):
+    torch.manual_seed(0)
+    vocabulary = 5000
+    module, tokens = Bag(vocabulary).double(), torch.randint(0, vocabulary, (12, 6))
+    tokens[:, 2], tokens[3, 4] = tokens[0, 0], 1
+    J = dense_jacobian(module, tokens)
+    K = nl.ntk(module, tokens, engine=engine).detach()
+    V = columns(J.shape[0], 40, torch.float64)
+    with Largest() as seen, K.linearised():
+        product, dense = K @ V, K.to_dense()
+        form = K.half_gram(V)
+    assert defect(product, J @ (J.mT @ V)) < 1e-10
+    assert defect(dense, J @ J.mT) < 1e-10
+    assert defect(form, V.mT @ J @ (J.mT @ V)) < 1e-10
+    # Between points that share few tokens too.
+    other = K.at(tokens[:5], tokens[5:]).detach()
+    assert defect(other.to_dense(), J[:10] @ J[10:].mT) < 1e-10
+    assert defect(other @ V[:14], J[:10] @ (J[10:].mT @ V[:14])) < 1e-10
+    # Forty columns of the whole table, or its rows of J, would be more.
+    assert seen.largest <= vocabulary * 8
+
+
 def test_parameters_without_factors_are_named_with_the_reason():
     torch.manual_seed(0)
     K = nl.ntk(nn.Sequential(nn.Linear(3, 4), nn.PReLU(), nn.Linear(4, 2)), torch.randn(8, 3))
@@ -192,6 +242,11 @@ def test_the_plan_ranks_the_engines_and_a_long_job_changes_it():
     assert {way.engine for way in plan.alternatives} == {"autodiff", "factors", "gram"}
     assert plan.engine == plan.alternatives[0].engine == "gram"
     assert [way.seconds for way in plan.alternatives] == sorted(way.seconds for way in plan.alternatives)
+    search = K.explain(eigenpairs=50)
+    assert (search.num_columns, search.num_products) == (16, 11)
+    assert search.alternatives == K.explain(16, 11).alternatives
+    with pytest.raises(nl.ArgumentError, match="eigenpairs"):
+        K.explain(eigenpairs=0)
     tight = nl.ntk(module, torch.randn(300, 2), memory_budget=600_000).explain(1, 1000)
     assert tight.engine != "gram"
 

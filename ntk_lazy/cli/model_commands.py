@@ -49,6 +49,8 @@ _EXPLAIN_EXAMPLE = f"""\
 example:
   ntk-lazy explain --model mynet:build --data x.npy -k 200
       engine, chunks, predicted bytes and flops of a product with 200 columns; nothing is multiplied
+  ntk-lazy explain --model mynet:build --data x.npy --pairs 200
+      the same for all products of a search for 200 eigenpairs
 {_MODEL_NOTE}"""
 _DOCTOR_EXAMPLE = f"""\
 example:
@@ -71,6 +73,7 @@ def add_to(commands: Any) -> None:
     spectrum.set_defaults(run=_spectrum)
     explain = _add(commands, "explain", "say how a product would be computed", _EXPLAIN_EXAMPLE)
     explain.add_argument("-k", type=int, default=1, metavar="K", help="columns of the product (default: 1)")
+    explain.add_argument("--pairs", type=int, metavar="K", help="plan for the search for K eigenpairs instead")
     _add_kernel_options(explain)
     explain.set_defaults(run=_explain)
     _add(commands, "doctor", "say whether a model has a kernel", _DOCTOR_EXAMPLE).set_defaults(run=_doctor)
@@ -213,7 +216,7 @@ def _explain(arguments: argparse.Namespace) -> int:
     if arguments.k < 1:
         raise ArgumentError(f"-k must be at least 1, not {arguments.k}.")
     kernel = _kernel(arguments, model, data)
-    sys.stdout.write(f"{kernel.explain(arguments.k)}\n")
+    sys.stdout.write(f"{kernel.explain(arguments.k, eigenpairs=arguments.pairs)}\n")
     return 0
 
 

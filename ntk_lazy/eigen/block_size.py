@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import time
 
+from ntk_lazy.counts import TYPICAL_KAPPA, WIDEST, derived_block_size, start_width
 from ntk_lazy.eigen.options import LOBPCG, Dense, Solver
 from ntk_lazy.eigen.product import Product
 from ntk_lazy.eigen.random_columns import RandomColumns
-from ntk_lazy.eigen.start import NUM_FRESH
 
-_TYPICAL_KAPPA = 8.0  # cost of starting a block call, in columns, where it is not measured
-_NARROWEST, _WIDEST = 8, 64  # widest: what a number of outputs alone can ask for
 _DENSE_WIDTH = 256
 _TIMED_COLUMNS = 8
 
@@ -37,34 +34,10 @@ def block_size(
     if isinstance(solver.block_size, int):
         width = min(n, solver.block_size)
     else:
-        kappa = _measured_kappa(product, draw) if solver.block_size == "timed" else _TYPICAL_KAPPA
+        kappa = _measured_kappa(product, draw) if solver.block_size == "timed" else TYPICAL_KAPPA
         derived = derived_block_size(num_wanted, kappa)
-        width = min(n, max(derived, min(_WIDEST, start_width(1, num_wanted, num_outputs))))
+        width = min(n, max(derived, min(WIDEST, start_width(1, num_wanted, num_outputs))))
     return width, min(n, start_width(width, num_wanted, num_outputs))
-
-
-def derived_block_size(num_wanted: int, kappa: float = _TYPICAL_KAPPA) -> int:
-    """Round ``√(0.35 k kappa)`` to a power of two between 8 and 64."""
-    best = math.sqrt(0.35 * num_wanted * kappa)
-    nearest = 2.0 ** round(math.log2(max(best, _NARROWEST)))
-    return int(min(_WIDEST, nearest))
-
-
-def start_width(block_size: int, num_wanted: int, num_outputs: int) -> int:
-    """Choose the columns that a Krylov space grows from.
-
-    A space cannot hold more copies of an eigenvalue than it has start columns, and one that grows from a single
-    column needs luck even for simple ones: in a plateau it passed over one of the ten largest in 7 of 80 runs,
-    and in none with two columns.
-    """
-    copies = min(num_outputs, num_wanted)
-    return max(block_size, NUM_FRESH, copies + 2 if copies > 1 else 1)
-
-
-def typical_products(num_wanted: int, num_outputs: int) -> float:
-    """Say what a Krylov search with the default block size takes."""
-    width = max(derived_block_size(num_wanted), start_width(1, num_wanted, num_outputs))
-    return 1.75 * num_wanted + 5 * width
 
 
 def _measured_kappa(product: Product, draw: RandomColumns) -> float:

@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 from torch import Tensor
 
+from ntk_lazy.counts import NUM_FRESH, typical_products
 from ntk_lazy.eigen.arguments import (
     as_seed,
     as_tolerance,
@@ -17,7 +18,7 @@ from ntk_lazy.eigen.arguments import (
     check_progress,
     check_solver,
 )
-from ntk_lazy.eigen.block_size import block_size, typical_products
+from ntk_lazy.eigen.block_size import block_size
 from ntk_lazy.eigen.contract import Linearised, SymmetricOperator, as_symmetric_operator
 from ntk_lazy.eigen.dense import DenseSpectrum
 from ntk_lazy.eigen.driver import Search, Task
@@ -29,7 +30,7 @@ from ntk_lazy.eigen.product import Product
 from ntk_lazy.eigen.progress import Callback, progress_display
 from ntk_lazy.eigen.random_columns import RandomColumns
 from ntk_lazy.eigen.result import EigenResult
-from ntk_lazy.eigen.start import NUM_FRESH, check_start, start_block
+from ntk_lazy.eigen.start import check_start, start_block
 from ntk_lazy.eigen.verify import Verify
 from ntk_lazy.errors import ArgumentError, NotConvergedError
 from ntk_lazy.precision import ieee_precision

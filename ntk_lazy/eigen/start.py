@@ -5,14 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ntk_lazy.counts import NUM_FRESH
 from ntk_lazy.eigen.random_columns import RandomColumns
 from ntk_lazy.eigen.result import EigenResult
 from ntk_lazy.errors import ArgumentError, NonFiniteError, ShapeError
 from ntk_lazy.linalg import column_norms, combine
 from ntk_lazy.shapes import Block
-
-NUM_FRESH = 2
-"""Random columns added to any start: a block inside an invariant subspace could never leave it."""
 
 
 def check_start(start: object, *, draw: RandomColumns) -> None:

@@ -16,6 +16,7 @@ from ntk_lazy.engines.contract import X1, X2, ColumnsFirst, Engine, ExampleRows,
 from ntk_lazy.engines.flat import FlatLayout
 from ntk_lazy.engines.kept import KeptLinearisations
 from ntk_lazy.engines.linearisation import DoubleReverse, Linearisation, example_gradients, linearisation
+from ntk_lazy.gemm import times_transposed_in_float64
 from ntk_lazy.model import FunctionalModel
 from ntk_lazy.outputs import OutputLayout
 from ntk_lazy.precision import differentiable_attention, ieee_precision
@@ -98,7 +99,7 @@ class AutodiffEngine(Engine):
                 for right in pieces[i:]:
                     # Columns that do not fit beside each other are pulled again: half of the blocks for each block.
                     other = W if right is left else self._pull(x, V[:, right], chunks)
-                    part = _gram64(W, other)
+                    part = times_transposed_in_float64(W, other)
                     gram[left, right], gram[right, left] = part, part.mT
         return gram.cpu()
 
@@ -217,12 +218,3 @@ class AutodiffEngine(Engine):
         way = DoubleReverse(self.model, x) if torch.is_grad_enabled() else self._linearise(x)
         pulled = way.pull(cotangents.unsqueeze(1))
         return torch.cat([g.reshape(g.shape[0], -1) for g in pulled.values()], 1)
-
-
-def _gram64(left: Tensor, right: Tensor) -> Tensor:
-    """Multiply ``left rightᵀ`` in float64 by pieces, so that no float64 copy of a block is held."""
-    size = max(1, (16 << 20) // (8 * max(left.shape[0], 1)))
-    total = torch.zeros(left.shape[0], right.shape[0], dtype=torch.float64, device=left.device)
-    for piece in slices(left.shape[1], size):
-        total.addmm_(left[:, piece].double(), right[:, piece].double().mT)
-    return total

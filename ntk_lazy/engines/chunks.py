@@ -53,6 +53,16 @@ def working_set(device_type: str) -> int:
     return _WORKING_SET.get(device_type, _WORKING_SET["cpu"])
 
 
+def require(num_bytes: int, budget: int, what: str) -> None:
+    """Raise BudgetError unless the least that is needed fits."""
+    if num_bytes > budget:
+        raise BudgetError(
+            f"{what} takes {num_bytes:,} bytes, but the budget is {budget:,}. Raise memory_budget.",
+            requested_bytes=num_bytes,
+            available_bytes=budget,
+        )
+
+
 def is_same_view(x1: torch.Tensor, x2: torch.Tensor) -> bool:
     """Whether two tensors are the same numbers in the same memory, so that what one was used for serves the other."""
     return x1.data_ptr() == x2.data_ptr() and x1.shape == x2.shape and x1.stride() == x2.stride()

@@ -11,12 +11,19 @@ from dataclasses import dataclass
 from typing import final
 
 from ntk_lazy.engines.contract import Preflight
-from ntk_lazy.engines.coverage import LayerCost
+from ntk_lazy.engines.coverage import Coverage, LayerCost
 from ntk_lazy.engines.rates import Rates
 from ntk_lazy.engines.uses import contraction_cost, rows_cost
 from ntk_lazy.outputs import OutputLayout
 
-_SHARE_OF_RATE = {"autodiff": 0.7, "autodiff over positions": 0.3, "factors": 0.8, "gram": 0.6, "passes": 0.4}
+_SHARE_OF_RATE = {
+    "autodiff": 0.7,
+    "autodiff over positions": 0.3,
+    "factors": 0.8,
+    "gram": 0.6,
+    "passes": 0.4,
+    "single examples": 0.15,
+}
 
 
 @final
@@ -26,6 +33,7 @@ class CostModel:
 
     Attributes:
         preflight: What is known of the model.
+        coverage: Where factors come from.
         layout: Rows of J for an example.
         num_params: P.
         num_examples: n1 and n2; the same kernel on both sides counts once where that saves work.
@@ -35,6 +43,7 @@ class CostModel:
     """
 
     preflight: Preflight
+    coverage: Coverage
     layout: OutputLayout
     num_params: int
     num_examples: tuple[int, int]
@@ -44,7 +53,7 @@ class CostModel:
 
     def autodiff(self, columns: int, calls: int = 1) -> float:
         """Products by automatic differentiation: a forward and a backward pass, a forward and a tangent pass."""
-        positions = max((c.num_positions for c in self.preflight.coverage.costs.values()), default=1)
+        positions = max((c.num_positions for c in self.coverage.costs.values()), default=1)
         share = _SHARE_OF_RATE["autodiff" if positions == 1 else "autodiff over positions"]
         flops = self._forward * (1 + 2.0 * columns * self.layout.passes) * sum(self.num_examples)
         return calls * flops / (share * self.rates.flops)
@@ -53,7 +62,10 @@ class CostModel:
         """A forward pass and ``q + 1`` backward passes over the activations."""
         q = self.layout.rows_per_example * self.layout.passes
         examples = self.num_examples[0] if self.is_symmetric else sum(self.num_examples)
-        return examples * self._forward * (2 + q) / (_SHARE_OF_RATE["passes"] * self.rates.flops)
+        passes = (2 + q) / _SHARE_OF_RATE["passes"]
+        if self.coverage.by_rows:
+            passes += (1 + 2 * q) / _SHARE_OF_RATE["single examples"]
+        return examples * self._forward * passes / self.rates.flops
 
     def factors(self, columns: int, calls: int = 1, *, is_kept: bool, as_rows: Collection[str] = ()) -> float:
         """Products from factors, which are captured once if they are kept, of some parameters as rows of J."""
@@ -62,9 +74,9 @@ class CostModel:
             rows_cost(c.num_params, self.itemsize, q=q, k=columns)
             if name in as_rows
             else contraction_cost(*_sizes(c, self.itemsize), q=q, k=columns)
-            for name, c in self.preflight.coverage.costs.items()
+            for name, c in self.coverage.costs.items()
         )
-        one += sum(self._positions_once(self.preflight.coverage.costs[name]) for name in as_rows) / max(calls, 1)
+        one += sum(self._positions_once(self.coverage.costs[name]) for name in as_rows) / max(calls, 1)
         # Each formula is for both halves of a product: one over the examples of each side.
         work = self.layout.passes * one * sum(self.num_examples) / 2
         seconds = calls * work / (_SHARE_OF_RATE["factors"] * self.rates.flops) + self._rest(columns, calls)
@@ -98,7 +110,7 @@ class CostModel:
 
     @property
     def _covered(self) -> list[LayerCost]:
-        return list(self.preflight.coverage.costs.values())
+        return list(self.coverage.costs.values())
 
     @property
     def _forward(self) -> float:
@@ -107,7 +119,7 @@ class CostModel:
 
     def _rest(self, columns: int, calls: int) -> float:
         """Automatic differentiation for the parameters without factors: its passes go through all layers."""
-        return self.autodiff(columns, calls) if self.preflight.coverage.uncovered else 0.0
+        return self.autodiff(columns, calls) if self.coverage.uncovered.keys() - self.coverage.by_rows else 0.0
 
 
 def _sizes(cost: LayerCost, itemsize: int) -> tuple[int, int, int, int]:

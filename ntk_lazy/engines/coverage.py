@@ -10,9 +10,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ntk_lazy.engines.graph import Edge, Placement, edges, output_gradients
+from ntk_lazy.engines.linearisation import example_gradients
 from ntk_lazy.engines.rounding import noise
 from ntk_lazy.engines.rules import rule_for
-from ntk_lazy.engines.uses import Outer, Use
+from ntk_lazy.engines.uses import Outer, Rows, Use
 from ntk_lazy.errors import UnsupportedModuleError
 from ntk_lazy.model import FunctionalModel
 
@@ -56,10 +57,20 @@ class Coverage:
     Attributes:
         costs: Covered parameters.
         uncovered: Parameters without factors, with the reason.
+        by_rows: Those of them whose rows of J are taken for factors; they have costs too.
     """
 
     costs: dict[str, LayerCost]
     uncovered: dict[str, str]
+    by_rows: frozenset[str] = frozenset()
+
+    def completed(self, params: Mapping[str, Tensor]) -> Coverage:
+        """The same, with rows of J for parameters without factors: from a gradient of each example, vectorised."""
+        extra = {}
+        for name in self.uncovered:
+            size, num_bytes = params[name].numel(), params[name].nbytes
+            extra[name] = LayerCost(size, 0, num_bytes, num_positions=1, num_outputs=size)
+        return replace(self, costs=self.costs | extra, by_rows=frozenset(extra))
 
     def factors(self, model: FunctionalModel, x: Tensor, cotangents: Float[Tensor, "q C"]) -> dict[str, list[Use]]:
         """Run one chunk of examples through the model and keep the factors of all covered parameters.
@@ -71,11 +82,20 @@ class Coverage:
             FactorMismatchError: The model uses its parameters in another way than on the first examples.
         """
         found: dict[str, list[Use]] = {name: [] for name in self.costs}
+        if self.by_rows:
+            own = {name: p for name, p in model.params.items() if name in self.by_rows}
+            others = {name: p for name, p in model.params.items() if name not in self.by_rows}
+            alone = replace(model, params=own, constants=model.constants | others)
+            gradients = example_gradients(alone, x, cotangents.to(model.dtype))
+            found |= {name: [Rows(g.flatten(2))] for name, g in gradients.items()}
+        if self.by_rows == found.keys():
+            return found
         # One example alone often takes another way through a model than a batch: its tensors are contiguous.
         num_examples, x = x.shape[0], torch.cat([x, x]) if x.shape[0] == 1 else x
 
         def keep(output: Tensor, leaves: dict[str, Tensor]) -> None:
-            for edge, use in _uses(output, leaves, cotangents, wanted=found.keys(), dtype=model.dtype):
+            wanted = found.keys() - self.by_rows
+            for edge, use in _uses(output, leaves, cotangents, wanted=wanted, dtype=model.dtype):
                 if use is None:
                     raise FactorMismatchError
                 found[edge.name].append(use.first(num_examples))

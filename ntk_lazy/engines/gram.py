@@ -14,10 +14,9 @@ from ntk_lazy.engines.chunks import Chunks, is_same_view, slices
 from ntk_lazy.engines.contract import ColumnsFirst, Engine, ExampleRows, GramMatrix, OtherBlock
 from ntk_lazy.engines.written import WrittenKernel
 from ntk_lazy.errors import BudgetError
+from ntk_lazy.gemm import times_transposed_in_float64
 from ntk_lazy.precision import ieee_precision
 from ntk_lazy.shapes import Block, SmallMatrix
-
-_PIECE_BYTES = 16 << 20
 
 
 @final
@@ -93,11 +92,8 @@ class GramEngine(Engine):
             return self.inner.half_gram(x, V)
         # K is there: a product with it costs less than half a product by layers. Values are off by rounding of the
         # entries, which averages out: about eps lambda_1 / n.
-        image = self.product(x, x, V)
-        total = torch.zeros(V.shape[1], V.shape[1], dtype=torch.float64, device=V.device)
-        for piece in slices(V.shape[0], max(1, _PIECE_BYTES // (16 * max(1, V.shape[1])))):
-            total.addmm_(V[piece].double().mT, image[piece].double())
-        return (total + total.mT).cpu() / 2
+        total = times_transposed_in_float64(V.mT, self.product(x, x, V).mT).cpu()
+        return (total + total.mT) / 2
 
     @override
     def rows(self, x: Tensor) -> ExampleRows:

@@ -67,8 +67,10 @@ class PlannedEngine(Engine):
         self.autodiff = AutodiffEngine(model, layout, preflight=preflight, budget=budget, chunk_size=chunk_size)
         self.factors: FactorEngine | None = None
         tiles: Engine = self.autodiff
-        if preflight.coverage.costs:
+        self.coverage = preflight.coverage
+        if preflight.coverage.costs or preflight.per_example_vmap:
             self.factors = FactorEngine(model, layout, preflight=preflight, budget=budget, chunk_size=chunk_size)
+            self.coverage = self.factors.coverage
             # One half of the budget for K, the other for what it is made of.
             tiles = FactorEngine(model, layout, preflight=preflight, budget=budget // 2, chunk_size=chunk_size)
         self.gram_engine = GramEngine(tiles, budget=budget // 2, max_dense_bytes=max_dense_bytes)
@@ -87,6 +89,7 @@ class PlannedEngine(Engine):
         rates = machine_rates(self.model.device, self.model.dtype)
         cost = CostModel(
             self.preflight,
+            self.coverage,
             self.layout,
             self.model.num_params,
             num_examples,
@@ -102,7 +105,7 @@ class PlannedEngine(Engine):
         ]
         if self.factors is not None:
             together = n if is_symmetric else sum(num_examples)
-            is_kept, as_rows = self.factors.keeps(together), self.factors.row_parameters(together)
+            is_kept, as_rows = self.factors.store.keeps(together), self.factors.store.row_parameters(together)
             how = "factors kept" if is_kept else "factors made anew for each product"
             how += f", {len(as_rows)} parameters as rows of J" if as_rows else ""
             seconds = cost.factors(columns, calls, is_kept=is_kept, as_rows=as_rows)

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ntk_lazy.engines.uses import Outer, Rows, Use
+from ntk_lazy.engines.uses import Outer, Rows, Use, relabelled
 from ntk_lazy.gemm import times_transposed
 
 Uses: TypeAlias = Mapping[str, list[Use]]
@@ -80,7 +80,9 @@ def row_slices(left: Side, right: Side, num_entries: int) -> Iterator[tuple[Flat
         right: The same of the other side.
         num_entries: Numbers in the rows of both sides at once.
     """
-    sides = (left,) if left is right else (left, right)
+    sides = [left] if left is right else [left, right]
+    renewed = iter(relabelled([uses for side in sides for _, uses in side]))
+    sides = [[(num, next(renewed)) for num, _ in side] for side in sides]
     found = [uses for side in sides for _, uses in side if uses]
     if not found:
         return

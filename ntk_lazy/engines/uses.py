@@ -10,7 +10,7 @@ layer before and after, ``p`` entries of the parameter.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import TypeAlias, final
@@ -46,6 +46,11 @@ class Use(ABC):
     @abstractmethod
     def held(self) -> tuple[Tensor | None, Tensor]:
         """The factors: one that is the same for every row of J of an example, if there is one, and the other."""
+
+    @property
+    @abstractmethod
+    def num_entries(self) -> int:
+        """Entries of the parameter, p."""
 
     @abstractmethod
     def pull(self, V: Coefficients, W: ParameterColumns) -> None:
@@ -87,6 +92,11 @@ class Rows(Use):
     @override
     def held(self) -> tuple[Tensor | None, Tensor]:
         return None, self.R
+
+    @property
+    @override
+    def num_entries(self) -> int:
+        return self.R.shape[2]
 
     @override
     def pull(self, V: Coefficients, W: ParameterColumns) -> None:
@@ -176,6 +186,12 @@ class Outer(Use):
     @override
     def held(self) -> tuple[Tensor | None, Tensor]:
         return self.source, self.G
+
+    @property
+    @override
+    def num_entries(self) -> int:
+        _, _, o, i = self._sizes
+        return o * i
 
     @property
     def _sizes(self) -> tuple[int, int, int, int]:
@@ -294,6 +310,11 @@ class Lookup(Use):
     def held(self) -> tuple[Tensor | None, Tensor]:
         return self.tokens, self.G
 
+    @property
+    @override
+    def num_entries(self) -> int:
+        return self.num_tokens * self.G.shape[3]
+
     @override
     def pull(self, V: Coefficients, W: ParameterColumns) -> None:
         d = self.G.shape[3]
@@ -328,6 +349,28 @@ class Lookup(Use):
     @override
     def first(self, num_examples: int) -> Lookup:
         return replace(self, tokens=self.tokens[:num_examples], G=self.G[:, :num_examples])
+
+
+def relabelled(found: Sequence[list[Use]]) -> list[list[Use]]:
+    """Number the tokens that occur anew, where a parameter is looked up and nothing else is done with it.
+
+    Columns and rows of J of the table then have the size of what occurs, and not of the vocabulary.
+
+    Args:
+        found: The uses of one parameter, for each chunk.
+    """
+    lookups = [use for uses in found for use in uses if isinstance(use, Lookup)]
+    if not lookups or len(lookups) < sum(map(len, found)):
+        return list(found)
+    tokens = torch.cat([use.tokens.flatten() for use in lookups]).unique()
+    return [
+        [
+            replace(use, tokens=torch.searchsorted(tokens, use.tokens), num_tokens=len(tokens))
+            for use in uses
+            if isinstance(use, Lookup)
+        ]
+        for uses in found
+    ]
 
 
 def contraction_cost(S: int, o: int, i: int, itemsize: int, *, q: int, k: int) -> float:

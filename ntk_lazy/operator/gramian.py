@@ -11,7 +11,9 @@ from typing import final
 import torch
 from torch import Tensor
 
+from ntk_lazy.engines.chunks import slices
 from ntk_lazy.engines.contract import Engine, OtherBlock
+from ntk_lazy.engines.flat import FlatLayout
 from ntk_lazy.errors import ArgumentError, ShapeError
 from ntk_lazy.operator.bilinear import BilinearGradient
 from ntk_lazy.operator.entries import dense, entries
@@ -101,6 +103,19 @@ class Gramian:
             raise ShapeError("half_gram is defined for a square kernel of one set of rows.")
         self._check_rows(V, self.side1)
         return self.engine.half_gram(self.side1.x, self.side1.scatter(V)) * self._root_scale() ** 2
+
+    def parameter_energies(self, V: Block) -> dict[str, Tensor]:
+        """Return ``s ‖J1_pᵀ v‖²`` for each parameter and column, ``(k,)`` in float64 on the CPU."""
+        self._refuse_batch("parameter_energies")
+        self._check_rows(V, self.side1)
+        engine, scattered = self.engine, self.side1.scatter(V)
+        places = FlatLayout.of(engine.model.params).slices()
+        found = {name: torch.zeros(V.shape[1], dtype=torch.float64) for name in places}
+        for columns in slices(V.shape[1], engine.chunks(self.side1.num_examples, max(V.shape[1], 1)).columns):
+            W = engine.pull(self.side1.x, scattered[:, columns]).unflatten(1, (engine.layout.passes, -1))
+            for name, place in places.items():
+                found[name][columns] = W[..., place].double().square().sum((1, 2)).cpu() * self._root_scale() ** 2
+        return found
 
     def entries(self, *index: Tensor) -> Tensor:
         """Compute entries at index tensors ``(*batch, row, column)`` of one shape, in the caller's grad mode."""

@@ -89,3 +89,15 @@ def _plain(entry: Any, sizes: torch.Size) -> list[Any]:
         is_kept = step < 0 or entry == slice(None)
         return [entry if is_kept else slice(start, max(start, stop), step)]
     raise IndexError(f"{entry!r} is no index of a kernel; use ints, slices, integer tensors or masks.")
+
+
+def is_everything(index: Any) -> bool:
+    """Whether an index takes all of a dimension."""
+    return isinstance(index, slice) and index == slice(None)
+
+
+def is_same_index(left: Any, right: Any) -> bool:
+    """Whether two indices of one dimension take the same elements in the same order."""
+    if isinstance(left, slice) or isinstance(right, slice):
+        return isinstance(left, slice) and isinstance(right, slice) and left == right
+    return left is right or (left.shape == right.shape and bool((left == right).all()))

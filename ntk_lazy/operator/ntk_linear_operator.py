@@ -9,15 +9,17 @@ from typing import Any, Self, cast, final
 
 import numpy as np
 import torch
+from jaxtyping import Float64
 from linear_operator.operators import LinearOperator
 from torch import Tensor
 from typing_extensions import override
 
+from ntk_lazy.counts import check_count, typical_calls
 from ntk_lazy.engines.contract import X1, X2, Preflight
 from ntk_lazy.errors import BudgetError, ShapeError
 from ntk_lazy.model import FunctionalModel, ModelCall
 from ntk_lazy.operator.gramian import Gramian
-from ntk_lazy.operator.indices import backward_slices, plain_indices
+from ntk_lazy.operator.indices import backward_slices, is_everything, is_same_index, plain_indices
 from ntk_lazy.operator.readout import read_entries, write_down
 from ntk_lazy.operator.side import Side
 from ntk_lazy.outputs import OutputLayout
@@ -157,19 +159,26 @@ class NTKLinearOperator(LinearOperator):  # type: ignore[misc]  # linear_operato
         """The rows of a long vector that this process holds: all of them."""
         return Rows(self._gramian.side1.num_rows)
 
-    def explain(self, num_columns: int = 1, num_products: int = 1) -> Plan:
-        """Say what products with ``num_columns`` columns will do, before they run.
+    def explain(self, num_columns: int = 1, num_products: int = 1, *, eigenpairs: int | None = None) -> Plan:
+        """Say what products will do, before they run.
 
         Args:
             num_columns: Columns of one product.
-            num_products: Products in a row: ``eigsh(K, k)`` makes about ``1.75 k / b + 5``, of b columns.
+            num_products: Products in a row, during which parameters stay as they are.
+            eigenpairs: Plan for ``eigsh(K, eigenpairs)`` instead: about ``1.75 k / b + 5`` products of b columns.
 
         Returns:
             The plan: engine, chunks, predicted bytes, flops and seconds; ``print`` it.
 
         Raises:
             BudgetError: Not even one example and one column fit the memory budget.
+            ArgumentError: A number of columns, products or pairs below 1.
         """
+        check_count(num_columns, "num_columns")
+        check_count(num_products, "num_products")
+        if eigenpairs is not None:
+            check_count(eigenpairs, "eigenpairs")
+            num_columns, num_products = typical_calls(eigenpairs, self._layout.rows_per_example)
         return Plan.of(
             self._gramian.engine,
             self._settings,
@@ -184,9 +193,9 @@ class NTKLinearOperator(LinearOperator):  # type: ignore[misc]  # linear_operato
     def linearised(self, num_columns: int = 1) -> AbstractContextManager[None]:
         """Keep the forward passes of the model between the products that are made within this context.
 
-        Half of the memory budget goes to the chunks that are kept; nothing is kept where the budget is scarce.
-        ``eigsh`` does this itself. One forward pass a product is saved: see ``benchmarks/products.py``. Parameters and
-        inputs must not change within the context: products would not notice.
+        What is kept depends on the engine: forward passes, the factors of layers, or K itself; nothing where the memory
+        budget is scarce. ``eigsh`` does this itself. Parameters and inputs must not change within the context: products
+        would not notice.
         """
         return self._settings.running(self._gramian.engine, num_columns)
 
@@ -232,6 +241,13 @@ class NTKLinearOperator(LinearOperator):  # type: ignore[misc]  # linear_operato
         Cost: half a product; with ``num_features * k`` numbers over the budget in q blocks, ``(q + 1) / 2`` of them.
         """
         return self._gramian.half_gram(V)
+
+    def parameter_energies(self, V: Block) -> dict[str, Float64[Tensor, " k"]]:
+        """Return ``s ‖J_pᵀ v‖²`` for each parameter p of the model and each column v; they add up to ``vᵀKv``.
+
+        Cost: half a product.
+        """
+        return self._gramian.parameter_energies(V)
 
     def at(self, x1: Tensor | np.ndarray | Probes, x2: Tensor | np.ndarray | Probes | None = None) -> NTKLinearOperator:
         """The same kernel at other points: square at ``x1``, or between ``x1`` and ``x2``.
@@ -295,12 +311,12 @@ class NTKLinearOperator(LinearOperator):  # type: ignore[misc]  # linear_operato
     @override
     def _getitem(self, row_index: Any, col_index: Any, *batch_indices: Any) -> LinearOperator:
         side1, side2 = self._gramian.side1, self._gramian.columns
-        symmetric = self.is_symmetric and _is_same_index(row_index, col_index)
+        symmetric = self.is_symmetric and is_same_index(row_index, col_index)
         if batch_indices:
             side1, side2 = side1.expand(self.batch_shape), side2.expand(self.batch_shape)
             side1, side2 = (side.with_x(side.x[tuple(batch_indices)]) for side in (side1, side2))
-        side1 = side1 if _is_everything(row_index) else side1.select(row_index)
-        side2 = side2 if _is_everything(col_index) else side2.select(col_index)
+        side1 = side1 if is_everything(row_index) else side1.select(row_index)
+        side2 = side2 if is_everything(col_index) else side2.select(col_index)
         return self._rebuild(side1, None if symmetric or side1.is_same(side2) else side2)
 
     @override
@@ -392,13 +408,3 @@ class NTKLinearOperator(LinearOperator):  # type: ignore[misc]  # linear_operato
     def _map_tensors(self, change: Callable[[Tensor], Tensor]) -> NTKLinearOperator:
         kwargs: dict[str, Any] = {n: change(v) if isinstance(v, Tensor) else v for n, v in self._kwargs.items()}
         return self.__class__(*(change(x) for x in self._args), **kwargs)
-
-
-def _is_everything(index: Any) -> bool:
-    return isinstance(index, slice) and index == slice(None)
-
-
-def _is_same_index(left: Any, right: Any) -> bool:
-    if isinstance(left, slice) or isinstance(right, slice):
-        return isinstance(left, slice) and isinstance(right, slice) and left == right
-    return left is right or (left.shape == right.shape and bool((left == right).all()))

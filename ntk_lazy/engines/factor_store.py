@@ -1,0 +1,234 @@
+"""The factors of all examples, held where they fit and made anew where they do not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeAlias, final
+
+from torch import Tensor
+
+from ntk_lazy.engines.chunks import is_same_view, require, slack, slices, working_set
+from ntk_lazy.engines.contract import Preflight
+from ntk_lazy.engines.coverage import Coverage
+from ntk_lazy.engines.uses import Rows, Use, relabelled
+from ntk_lazy.model import FunctionalModel
+from ntk_lazy.outputs import OutputLayout
+
+_KEPT_SHARE = 0.5  # of the budget: factors that stay while a product, or a series of them, runs
+_PASS_SHARE = 0.25  # of the budget: a forward and a backward pass
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Chunk:
+    """Factors of some examples.
+
+    Attributes:
+        examples: Which ones.
+        uses: For each pass, and each covered parameter, its uses.
+    """
+
+    examples: slice
+    uses: tuple[dict[str, list[Use]], ...]
+
+    @property
+    def num_examples(self) -> int:
+        """How many."""
+        return self.examples.stop - self.examples.start
+
+
+Chunked: TypeAlias = Callable[[], Iterable[Chunk]]  # goes through all chunks, as often as it is called
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Parameters that are multiplied together, with the factors of both sides.
+
+    Attributes:
+        widths: Entries of each parameter, or as many of them as take part.
+        left: Chunks of the rows.
+        right: Chunks of the columns; the same for one set of examples.
+    """
+
+    widths: dict[str, int]
+    left: Chunked
+    right: Chunked
+
+    def relabelled(self, name: str) -> Group:
+        """Of one parameter, held on both sides, the entries that occur."""
+        left = list(self.left())
+        right = [] if self.right is self.left else list(self.right())
+        before = [uses[name] for chunk in (*left, *right) for uses in chunk.uses]
+        after = relabelled(before)
+        used = next((use for uses in after for use in uses), None)
+        if used is None or used.num_entries == self.widths[name]:
+            return self
+        renewed = iter(after)
+        chunks = [Chunk(c.examples, tuple({name: next(renewed)} for _ in c.uses)) for c in (*left, *right)]
+        first, second = chunks[: len(left)], chunks[len(left) :] or chunks
+        return Group({name: used.num_entries}, lambda: first, lambda: second)
+
+
+@final
+class FactorStore:
+    """Captures the factors of examples, chunk by chunk, and holds those of the last examples in a series.
+
+    Attributes:
+        budget: Bytes; half of them are for what is held.
+    """
+
+    def __init__(
+        self,
+        model: FunctionalModel,
+        layout: OutputLayout,
+        coverage: Coverage,
+        *,
+        preflight: Preflight,
+        budget: int,
+        chunk_size: int | None,
+    ) -> None:
+        self.model, self.layout = model, layout
+        self.preflight, self.coverage = preflight, coverage
+        self.budget, self._asked_size = budget, chunk_size
+        self._kept: dict[tuple[object, ...], list[Chunk]] | None = None
+
+    @contextmanager
+    def keeping(self) -> Iterator[None]:
+        """Hold the factors of the last examples between products, within the context."""
+        if self._kept is not None:
+            yield
+            return
+        self._kept = {}
+        try:
+            yield
+        finally:
+            self._kept = None
+
+    @property
+    def bytes_per_example(self) -> int:
+        """Factors of one example, or its rows of J where these are smaller."""
+        q = self.layout.rows_per_example * self.layout.passes
+        factors = sum(c.source_bytes + q * c.gradient_bytes for c in self.coverage.costs.values())
+        return factors + sum(self._extra_bytes(name) for name in self._compact)
+
+    def keeps(self, num_examples: int) -> bool:
+        """Whether the factors of so many examples are held between products, and between the halves of one."""
+        return num_examples * self.bytes_per_example <= self.budget * _KEPT_SHARE
+
+    def row_parameters(self, num_examples: int) -> frozenset[str]:
+        """Parameters whose rows of J are held in place of their factors, as far as there is room for them.
+
+        Where positions are more than outputs, rows make a product ``S / q`` times cheaper, and to sum positions once
+        costs no more than half a product by position with q columns.
+        """
+        room = self.budget * _KEPT_SHARE - num_examples * self.bytes_per_example
+        chosen = set(self._compact)
+        for extra, name in sorted((self._extra_bytes(name), name) for name in self.coverage.costs):
+            if name not in chosen and self._gains_by_rows(name) and extra * num_examples <= room:
+                chosen.add(name)
+                room -= extra * num_examples
+        return frozenset(chosen)
+
+    def kept_bytes(self, num_examples: int) -> int:
+        """Bytes that are held while a product runs."""
+        if not self.keeps(num_examples):
+            return self.chunk_size(num_examples) * self.bytes_per_example
+        extra = sum(self._extra_bytes(name) for name in self.row_parameters(num_examples) - self._compact)
+        return num_examples * (self.bytes_per_example + extra)
+
+    def half_size(self) -> int:
+        """Examples of one of two sets whose factors are held together."""
+        return max(1, int(self.budget * _KEPT_SHARE / 2) // max(1, self.bytes_per_example))
+
+    def transient(self, size: int) -> int:
+        """Bytes of a forward pass, its graph and a backward pass over a chunk."""
+        q, costs = self.layout.rows_per_example * self.layout.passes, self.coverage.costs
+        rows = q * sum(costs[name].gradient_bytes for name in self.coverage.by_rows)
+        # Vectorised over q rows as well, and gradients once more while they are put in place.
+        vectorised = (1 + q) * self.preflight.activation_bytes + rows if rows else 0
+        return int(self._slack * (2 * self.preflight.activation_bytes + vectorised) * size)
+
+    def chunk_size(self, num_examples: int) -> int:
+        """Examples that go through the model at once."""
+        one = max(1, self.transient(1) + self.bytes_per_example)
+        require(one, self.budget, "one example")
+        room = min(self.budget * _PASS_SHARE, working_set(self.model.device.type))
+        fits = max(1, int(room // one))
+        return min(num_examples, self._asked_size or fits)
+
+    def groups(self, x1: Tensor, x2: Tensor, *, is_compact: bool) -> Iterator[Group]:
+        """Divide the covered parameters into groups that are multiplied one after the other.
+
+        Where all factors are held, each parameter is a group, so that no block of all of them is needed, and of a table
+        that is looked up only the rows that occur take part, if the caller agrees (``is_compact``). Where chunks are
+        made anew each time, all parameters go together.
+        """
+        widths = {name: cost.num_params for name, cost in self.coverage.costs.items()}
+        if not widths:
+            return
+        is_symmetric = is_same_view(x1, x2)
+        together = x1.shape[0] if is_symmetric else x1.shape[0] + x2.shape[0]
+        is_held, as_rows = self.keeps(together), self.row_parameters(together)
+        left = self.chunks(x1, is_held=is_held, as_rows=as_rows)
+        right = left if is_symmetric else self.chunks(x2, is_held=is_held, as_rows=as_rows)
+        if not is_held:
+            yield Group(widths, left, right)
+            return
+        for name, width in widths.items():
+            group = Group({name: width}, left, right)
+            yield group.relabelled(name) if is_compact else group
+
+    def chunks(self, x: Tensor, *, is_held: bool, as_rows: frozenset[str] | None = None) -> Chunked:
+        """Go through the factors of all examples, which are held or made anew each time."""
+        as_rows = self._compact if as_rows is None else as_rows
+        if not is_held:
+            return lambda: self.capture(x, as_rows=self._compact)
+        key = (x.data_ptr(), x.shape, x.stride(), as_rows)
+        if self._kept is not None and key in self._kept:
+            held = self._kept[key]
+        else:
+            if self._kept is not None:
+                self._kept.clear()
+            held = list(self.capture(x, as_rows=as_rows))
+            if self._kept is not None:
+                self._kept[key] = held
+        return lambda: held
+
+    def capture(self, x: Tensor, *, as_rows: frozenset[str] = frozenset()) -> Iterator[Chunk]:
+        """Run the model, chunk by chunk."""
+        cotangents = self.layout.cotangents(dtype=self.model.dtype, device=x.device)
+        passes = cotangents.reshape(self.layout.rows_per_example, self.layout.passes, -1).unbind(1)
+        for examples in slices(x.shape[0], self.chunk_size(x.shape[0])):
+            factors = [self.coverage.factors(self.model, x[examples], u) for u in passes]
+            for uses in factors:
+                uses |= {name: [_as_rows(uses[name])] for name in as_rows if uses[name]}
+            yield Chunk(examples, tuple(factors))
+
+    @cached_property
+    def _compact(self) -> frozenset[str]:
+        """Parameters whose rows are smaller than their factors."""
+        costs = self.coverage.costs
+        return frozenset(name for name in costs if self._gains_by_rows(name) and self._extra_bytes(name) <= 0)
+
+    def _gains_by_rows(self, name: str) -> bool:
+        return self.coverage.costs[name].num_positions > self.layout.rows_per_example
+
+    def _extra_bytes(self, name: str) -> int:
+        """Bytes that rows take beyond factors, for one example."""
+        cost, q = self.coverage.costs[name], self.layout.rows_per_example * self.layout.passes
+        return q * cost.num_params * self.model.dtype.itemsize - cost.source_bytes - q * cost.gradient_bytes
+
+    @property
+    def _slack(self) -> float:
+        return slack(self.model.device.type)
+
+
+def _as_rows(uses: list[Use]) -> Rows:
+    first, *others = (use.as_rows() for use in uses)
+    for other in others:
+        first.R.add_(other.R)
+    return first
