@@ -32,7 +32,9 @@ from columns import count
 from networks import CASES
 
 NUM_CHECKED = 10
-LARGEST_ERROR = {"product": 2e-5, "dense": 2e-5, "eigen": 2e-3}
+TYPICAL_ERROR = {"product": 2e-5, "dense": 2e-5, "eigen": 2e-3}
+# Where rounding moves an input of a ReLU across zero, one row of K is that of another network.
+LARGEST_ERROR = {"product": 2e-3, "dense": 2e-3, "eigen": 2e-3}
 TIMEOUT = 900  # seconds for one measure
 LARGEST_HEAP = 20 << 30
 
@@ -170,20 +172,20 @@ class Folder:
             raise RuntimeError(f"no reference for {self.measure.name}: {outcome['failure']}")
         return np.load(self.path / "check.npz")["product"]
 
-    def error(self, reference: np.ndarray | None) -> tuple[float, dict[str, Any]]:
-        """How far the last result is from float64, and what else it says of itself."""
+    def errors(self, reference: np.ndarray | None) -> tuple[np.ndarray, dict[str, Any]]:
+        """How far the columns of the last result are from float64, and what else it says of itself."""
         found = np.load(self.path / "check.npz")
         if reference is not None:
             product = found["product"][:, :NUM_CHECKED]
             exact = reference[:, : product.shape[1]]
             scale = np.linalg.norm(exact, axis=0)
-            return float((np.linalg.norm(product - exact, axis=0) / scale).max()), {}
+            return np.linalg.norm(product - exact, axis=0) / scale, {}
         vectors, values = found["vectors"], found["values"].astype(np.float64)
         some = np.linspace(0, len(values) - 1, 3 if self.measure.num_examples > 10**5 else 12).astype(int)
         image = self.multiply_in_float64(vectors[:, some])
         residuals = np.linalg.norm(image - vectors[:, some].astype(np.float64) * values[some], axis=0) / values[some]
         extra = {"columns": int(found["columns"])} if "columns" in found else {}
-        return float(residuals.max()), extra | {"last_value": float(values[-1])}
+        return residuals, extra | {"last_value": float(values[-1])}
 
     def _save(self, V: np.ndarray) -> None:
         np.savez(self.path / "data.npz", x=self.x, V=V, checked=self.checked, **self.weights)
@@ -198,10 +200,11 @@ def measure_all(chosen: list[Measure], pythons: dict[str, str], threads: int) ->
             for tool in measure.tools:
                 outcome = run(tool, folder.job(), pythons)
                 if "failure" not in outcome:
-                    error, extra = folder.error(reference)
-                    outcome |= {"error": error} | extra
-                    if not error <= LARGEST_ERROR[measure.task]:
-                        outcome = {"failure": f"wrong: off by {error:.1e}"}
+                    errors, extra = folder.errors(reference)
+                    typical, largest = float(np.median(errors)), float(errors.max())
+                    outcome |= {"error": typical, "largest_error": largest} | extra
+                    if not (typical <= TYPICAL_ERROR[measure.task] and largest <= LARGEST_ERROR[measure.task]):
+                        outcome = {"failure": f"wrong: off by {typical:.1e}, at worst {largest:.1e}"}
                 row = {"measure": measure.name, "tool": tool.name, "num_params": folder.num_params} | outcome
                 row |= {key: getattr(measure, key) for key in ("case", "task", "num_examples", "k")}
                 print(table.line(row), flush=True)

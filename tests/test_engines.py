@@ -179,6 +179,24 @@ def test_convolutions_of_every_kind_have_factors(layer: nn.Module):
         assert defect(K.to_dense(), J @ J.mT) < 1e-10
 
 
+@pytest.mark.parametrize("tile", [1, 5, 7, 16, 1024])
+@pytest.mark.parametrize("budget", [60_000, 10**9])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_tiles_of_any_size_make_the_same_kernel(engine: str, budget: int, tile: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("ntk_lazy.engines.factors._TILE", tile)
+    torch.manual_seed(0)
+    module = nn.Sequential(
+        nn.Conv1d(2, 3, 3), nn.Tanh(), nn.Flatten(), nn.Linear(12, 5), nn.Tanh(), nn.Linear(5, 3)
+    ).double()
+    x = torch.randn(13, 2, 6, dtype=torch.float64)
+    J = dense_jacobian(module, x)
+    K = nl.ntk(module, x, engine=engine, memory_budget=budget, max_dense_bytes=10**9)
+    dense = K.to_dense().detach()
+    assert torch.equal(dense, dense.mT)
+    assert defect(dense, J @ J.mT) < 1e-10
+    assert defect(K.at(x[:4], x[2:]).to_dense(), J[:12] @ J[6:].mT) < 1e-10
+
+
 class Largest(TorchDispatchMode):
     """Notice the largest tensor that an operator makes."""
 

@@ -12,7 +12,7 @@ from scipy.sparse.linalg import eigsh
 
 
 def _linear(p, name, x):
-    return x @ p[f"{name}.weight"].T + p[f"{name}.bias"]
+    return x @ p[f"{name}.weight"] + p[f"{name}.bias"]
 
 
 def _norm(p, name, x):
@@ -50,6 +50,8 @@ def transformer(p, x):
 
 def _case(job, data):
     params = {name[2:]: jnp.asarray(data[name]) for name in data.files if name.startswith("p/")}
+    # Inputs first, as JAX writes it: its structured derivatives know a product, and not a product with a transpose.
+    params = {name: p.T if name.endswith("weight") and p.ndim == 2 else p for name, p in params.items()}
     return (
         {"mlp": mlp, "cnn": cnn, "transformer": transformer}[job["case"].split(",")[0]],
         params,

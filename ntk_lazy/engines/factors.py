@@ -297,7 +297,9 @@ def _rows(examples: slice, rows_per_example: int) -> slice:
 
 
 def _mirror(K: GramMatrix, size: int) -> None:
-    """Copy what is above the diagonal to its other side, a tile at a time."""
+    """Copy what is above the diagonal to its other side, a tile at a time; whatever is below it is not read."""
     for i in slices(K.shape[0], size):
         for j in slices(i.start, size):
             K[i, j] = K[j, i].mT
+        upper = K[i, i].triu()
+        K[i, i] = upper + upper.triu(1).mT
