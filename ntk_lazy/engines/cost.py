@@ -24,6 +24,8 @@ _SHARE_OF_RATE = {
     "passes": 0.4,
     "single examples": 0.15,
 }
+_TOUCHES = 25.0  # of each saved byte, in a pass that captures factors
+_FLOPS_PER_BYTE = 20.0  # least of a forward pass whose operations torch cannot count (fused recurrent layers)
 
 
 @final
@@ -56,6 +58,7 @@ class CostModel:
         positions = max((c.num_positions for c in self.coverage.costs.values()), default=1)
         share = _SHARE_OF_RATE["autodiff" if positions == 1 else "autodiff over positions"]
         flops = self._forward * (1 + 2.0 * columns * self.layout.passes) * sum(self.num_examples)
+        flops *= 2 if self.preflight.mode == "double-reverse" else 1
         return calls * flops / (share * self.rates.flops)
 
     def capture(self) -> float:
@@ -65,7 +68,9 @@ class CostModel:
         passes = (2 + q) / _SHARE_OF_RATE["passes"]
         if self.coverage.by_rows:
             passes += (1 + 2 * q) / _SHARE_OF_RATE["single examples"]
-        return examples * self._forward * passes / self.rates.flops
+        # Norms, activations and the check of each gradient read and write what the pass saves, over and over.
+        moved = _TOUCHES * (2 + q) * self.preflight.activation_bytes
+        return examples * (self._forward * passes / self.rates.flops + moved / self.rates.bytes)
 
     def factors(self, columns: int, calls: int = 1, *, is_kept: bool, as_rows: Collection[str] = ()) -> float:
         """Products from factors, which are captured once if they are kept, of some parameters as rows of J."""
@@ -97,6 +102,9 @@ class CostModel:
         uncovered = self.num_params - sum(c.num_params for c in self._covered)
         flops += half * 2.0 * n1 * n2 * q * q * uncovered
         seconds = flops / (_SHARE_OF_RATE["gram"] * self.rates.flops) + moved / self.rates.bytes
+        if self.coverage.uncovered.keys() - self.coverage.by_rows:
+            examples = n1 if self.is_symmetric else n1 + n2
+            seconds += examples * self._forward * (1 + 2 * q) / (_SHARE_OF_RATE["single examples"] * self.rates.flops)
         return self.layout.passes * seconds + self.capture()
 
     def kept_products(self, columns: int, calls: int = 1) -> float:
@@ -114,8 +122,10 @@ class CostModel:
 
     @property
     def _forward(self) -> float:
-        """Operations of a forward pass over one example."""
-        return max(self.preflight.forward_flops, 2.0 * self.num_params)
+        """Operations of a forward pass over one example, or as much as what it saves is worth: not all are counted."""
+        return max(
+            self.preflight.forward_flops, 2.0 * self.num_params, _FLOPS_PER_BYTE * self.preflight.activation_bytes
+        )
 
     def _rest(self, columns: int, calls: int) -> float:
         """Automatic differentiation for the parameters without factors: its passes go through all layers."""
