@@ -10,7 +10,7 @@ from torch.func import functional_call, jvp, vjp, vmap
 
 def product(job, data):
     torch.set_num_threads(job["threads"])
-    dtype = torch.float64 if job.get("is_reference") else torch.float32
+    dtype = getattr(torch, job.get("dtype", "float32"))
     case = CASES[job["case"]]
     net, x = case.network().to(dtype), torch.from_numpy(data["x"]).to(dtype)
     params = {n: p.detach() for n, p in net.named_parameters()}
