@@ -47,10 +47,9 @@ def markdown(results: dict[str, Any]) -> str:
     parts = [
         "# Measured beside other libraries",
         "This page is written by `nox -s bench`. Each line is one job in a process of its own; its result was compared "
-        "with plain `torch.func` in float64 before its time counted (a ReLU network differs by up to 1e-3 in float32, "
-        "where rounding takes an input across zero, in each library elsewhere: as much as `torch.func` itself in float32 "
-        "differs is allowed for). Compare lines of one table with each other, and "
-        "nothing with another machine.",
+        "with plain `torch.func` in float64 before its time counted. A ReLU network differs by up to 1e-3 in float32, "
+        "where rounding takes an input across zero, in each library elsewhere: as much as `torch.func` itself differs "
+        "in float32 is allowed for. Compare lines of one table with each other, and nothing with another machine.",
         f"{about['threads']} threads, torch {about['torch']}, Python {about['python']}. Float32 matrix products of "
         f"2048 rows at the start, in GFLOP/s: {rates}.",
         "## What was asked\n",
