@@ -185,6 +185,7 @@ WRONG = {
     "a report of nothing": (["report", "nowhere"], "nowhere"),
     "a report of something else": (["report", "full"], "not the folder of a study"),
     "explaining no columns": (["explain", "--model", "mynet:build", "--data", "x.npy", "-k", "0"], "-k"),
+    "explaining no pairs": (["explain", "--model", "mynet:build", "--data", "x.npy", "--pairs", "0"], "eigenpairs"),
 }
 
 
@@ -333,6 +334,8 @@ def test_explain_says_what_a_product_would_take_and_multiplies_nothing(workplace
     out = capsys.readouterr().out
     assert "P = 98" in out
     assert "20 columns" in out
+    assert main(["explain", "--model", "mynet:build", "--data", "x.npy", "--pairs", "10"]) == 0
+    assert "8 columns, 8 times" in capsys.readouterr().out
 
 
 def test_doctor_calls_a_model_ready_or_names_the_problem(workplace, capsys):
