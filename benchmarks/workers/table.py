@@ -45,13 +45,13 @@ def markdown(results: dict[str, Any]) -> str:
     about = results["machine"]
     rates = ", ".join(f"{name} {value:.0f}" for name, value in about["gflops"].items())
     parts = [
-        "# Measured beside other libraries",
+        "# Measured beside other libraries\n",
         "This page is written by `nox -s bench`. Each line is one job in a process of its own; its result was compared "
         "with plain `torch.func` in float64 before its time counted. A ReLU network differs by up to 1e-3 in float32, "
         "where rounding takes an input across zero, in each library elsewhere: as much as `torch.func` itself differs "
-        "in float32 is allowed for. Compare lines of one table with each other, and nothing with another machine.",
+        "in float32 is allowed for. Compare lines of one table with each other, and nothing with another machine.\n",
         f"{about['threads']} threads, torch {about['torch']}, Python {about['python']}. Float32 matrix products of "
-        f"2048 rows at the start, in GFLOP/s: {rates}.",
+        f"2048 rows at the start, in GFLOP/s: {rates}.\n",
         "## What was asked\n",
         "| case | |\n|---|---|",
         *[f"| {text} | {'met' if met else '**missed**'} |" for met, text in _bars(results)],
