@@ -223,7 +223,8 @@ def test_a_budget_below_one_example_is_refused_with_what_would_fit(kernel):
 def test_products_are_the_same_while_linearisations_are_kept(chunk_size):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 2)).double()
-    K = nl.ntk(net, torch.randn(30, 3, dtype=torch.float64), chunk_size=chunk_size).detach()
+    x = torch.randn(30, 3, dtype=torch.float64)
+    K = nl.ntk(net, x, engine="autodiff", chunk_size=chunk_size).detach()
     V = torch.randn(60, 4, dtype=torch.float64)
     single = K @ V
     calls = []

@@ -365,7 +365,7 @@ def relabelled(found: Sequence[list[Use]]) -> list[list[Use]]:
     tokens = torch.cat([use.tokens.flatten() for use in lookups]).unique()
     return [
         [
-            replace(use, tokens=torch.searchsorted(tokens, use.tokens), num_tokens=len(tokens))
+            replace(use, tokens=torch.searchsorted(tokens, use.tokens.contiguous()), num_tokens=len(tokens))
             for use in uses
             if isinstance(use, Lookup)
         ]
