@@ -92,3 +92,20 @@ def test_a_series_of_products_goes_through_the_model_once(engine: str):
     assert torch.equal(first, again)
     K @ V
     assert len(module.calls) > before
+
+
+@pytest.mark.parametrize("engine", ["autodiff", "factors", "gram", "auto"])
+def test_points_that_come_and_go_within_a_series_are_not_taken_for_each_other(engine: str):
+    torch.manual_seed(0)
+    # Of the convolution rows of J are held, which do not hold the points.
+    module = nn.Sequential(nn.Conv1d(1, 2, 3), nn.Tanh(), nn.Flatten(), nn.Linear(124, 1))
+    sets = [torch.randn(300, 1, 64) for _ in range(4)]
+    K, V = nl.ntk(module, sets[0], engine=engine).detach(), torch.randn(300, 2)
+    expected = [nl.ntk(module, points, engine="autodiff").detach() @ V for points in sets]
+    with K.linearised(1000):
+        for points, exact in zip(sets, expected, strict=True):
+            # Memory that one set of points gives back is where the next one lies.
+            passing = points.clone()
+            found = K.at(passing) @ V
+            del passing
+            assert float((found - exact).norm()) < 1e-4 * float(exact.norm())

@@ -94,7 +94,8 @@ class FactorStore:
         self.model, self.layout = model, layout
         self.preflight, self.coverage = preflight, coverage
         self.budget, self._asked_size = budget, chunk_size
-        self._kept: dict[tuple[object, ...], list[Chunk]] | None = None
+        # With the inputs: while these are held, no others can lie at the address that stands in the key.
+        self._kept: dict[tuple[object, ...], tuple[Tensor, list[Chunk]]] | None = None
 
     @contextmanager
     def keeping(self) -> Iterator[None]:
@@ -189,13 +190,13 @@ class FactorStore:
             return lambda: self.capture(x, as_rows=self._compact)
         key = (x.data_ptr(), x.shape, x.stride(), as_rows)
         if self._kept is not None and key in self._kept:
-            held = self._kept[key]
+            held = self._kept[key][1]
         else:
             if self._kept is not None:
                 self._kept.clear()
             held = list(self.capture(x, as_rows=as_rows))
             if self._kept is not None:
-                self._kept[key] = held
+                self._kept[key] = x, held
         return lambda: held
 
     def capture(self, x: Tensor, *, as_rows: frozenset[str] = frozenset()) -> Iterator[Chunk]:

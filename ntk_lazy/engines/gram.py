@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import final
+from typing import TypeAlias, final
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from ntk_lazy.errors import BudgetError
 from ntk_lazy.gemm import times_transposed_in_float64
 from ntk_lazy.precision import ieee_precision
 from ntk_lazy.shapes import Block, SmallMatrix
+
+KeptKernels: TypeAlias = dict[tuple[object, ...], tuple[WrittenKernel, Tensor, Tensor]]
 
 
 @final
@@ -32,7 +34,8 @@ class GramEngine(Engine):
         self.inner = inner
         self.budget = budget
         self.max_dense_bytes = max_dense_bytes
-        self._kept: dict[tuple[object, ...], WrittenKernel] | None = None
+        # With the inputs: while these are held, no others can lie at the addresses that stand in the key.
+        self._kept: KeptKernels | None = None
 
     def fits(self, num_examples1: int, num_examples2: int) -> bool:
         """Whether K may be written down and kept."""
@@ -109,16 +112,16 @@ class GramEngine(Engine):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         return self.inner.bilinear_gradient(x1, x2, U, V, wrt=wrt)
 
-    def _kept_kernel(self, kept: dict[tuple[object, ...], WrittenKernel], x1: Tensor, x2: Tensor) -> WrittenKernel:
+    def _kept_kernel(self, kept: KeptKernels, x1: Tensor, x2: Tensor) -> WrittenKernel:
         key = (x1.data_ptr(), x1.shape, x1.stride(), x2.data_ptr(), x2.shape, x2.stride())
         if key not in kept:
             # One kernel at a time: what is kept for another is let go first.
             kept.clear()
             if is_same_view(x1, x2):
-                kept[key] = WrittenKernel.of_symmetric(self._written(x1, x1))
+                kept[key] = WrittenKernel.of_symmetric(self._written(x1, x1)), x1, x2
             else:
-                kept[key] = WrittenKernel.plain(self._written(x1, x2))
-        return kept[key]
+                kept[key] = WrittenKernel.plain(self._written(x1, x2)), x1, x2
+        return kept[key][0]
 
     def _bytes(self, num_examples1: int, num_examples2: int) -> int:
         r = self.layout.rows_per_example

@@ -20,7 +20,8 @@ class KeptLinearisations:
 
     def __init__(self, budget: int) -> None:
         self._room = budget
-        self._kept: dict[tuple[object, ...], Linearisation] = {}
+        # With the inputs: while these are held, no others can lie at the address that stands in the key.
+        self._kept: dict[tuple[object, ...], tuple[Tensor, Linearisation]] = {}
 
     def get(self, x: Tensor, make: Callable[[], Linearisation], size: int) -> Linearisation:
         """Return the linearisation on a view of the inputs, kept or new.
@@ -32,9 +33,9 @@ class KeptLinearisations:
         """
         key = (x.data_ptr(), x.shape, x.stride())
         if key in self._kept:
-            return self._kept[key]
+            return self._kept[key][1]
         made = make()
         if size <= self._room:
             self._room -= size
-            self._kept[key] = made
+            self._kept[key] = x, made
         return made
