@@ -49,6 +49,8 @@ class EngineSettings:
             )
         if self.max_dense_bytes < 0:
             raise ArgumentError(f"max_dense_bytes must not be negative, as {self.max_dense_bytes} is.")
+        if self.chunk_size is not None and (not isinstance(self.chunk_size, int) or self.chunk_size < 1):
+            raise ArgumentError(f"chunk_size must be an int of at least 1, not {self.chunk_size!r}.")
 
     def build(self, model: FunctionalModel, layout: OutputLayout, preflight: Preflight) -> Engine:
         """Build the engine for a model that has passed its preflight, or find the one that is running for it."""
@@ -196,7 +198,7 @@ class Plan:
             f"K written down would take {_size(self.dense_bytes)}",
             f"  work     about {self.predicted_flops:.2g} flop for {self.num_columns:,} columns",
             f"  factors  for {covered:,} of {self.num_params:,} parameters; automatic differentiation is "
-            f"{self.preflight.mode}",
+            f"{self.preflight.derivatives.mode}",
         ]
         for name, reason in list(uncovered.items())[:_SHOWN]:
             lines.append(f"           {name}: {reason}")
@@ -206,7 +208,8 @@ class Plan:
             held = "over the budget" if way.num_bytes is None else _size(way.num_bytes)
             head = "  predict  " if i == 0 else "           "
             lines.append(f"{head}{way.engine:<9}{way.seconds:9.3g} s  {held:>15}  {way.how}")
-        return "\n".join([*lines, *(f"  note     {note}" for note in self.preflight.notes)])
+        note = self.preflight.derivatives.note
+        return "\n".join([*lines, f"  note     {note}"] if note else lines)
 
 
 def _size(count: float) -> str:

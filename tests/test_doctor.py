@@ -69,10 +69,12 @@ def test_the_way_of_multiplying_is_the_expected_one_and_a_fallback_names_its_mod
     diagnosis = diagnose(case)
     assert diagnosis.is_supported
     assert diagnosis.plan is not None
-    assert diagnosis.plan.preflight.mode == ("double-reverse" if case.name in FALLBACKS else "forward-over-reverse")
+    assert diagnosis.plan.preflight.derivatives.mode == (
+        "double-reverse" if case.name in FALLBACKS else "forward-over-reverse"
+    )
     if case.name in FALLBACKS:
         assert FALLBACKS[case.name] in str(diagnosis)
-    assert diagnosis.plan.preflight.per_example_vmap == (case.name not in LOOPED)
+    assert diagnosis.plan.preflight.derivatives.vectorises == (case.name not in LOOPED)
 
 
 def test_frozen_tied_and_half_precision_parameters_are_remarked_on():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from typing import final
 
 import torch
@@ -42,16 +43,22 @@ class AutodiffEngine(Engine):
         super().__init__(model, layout)
         self.preflight = preflight
         self.flat = FlatLayout.of(model.params)
-        self.rule = ChunkRule(
-            footprint=preflight.footprint,
-            activation_bytes=max(preflight.activation_bytes, 1),
-            parameter_bytes=model.num_params * model.dtype.itemsize,
-            passes=layout.passes,
-            budget=budget,
-            device_type=model.device.type,
-            chunk_size=chunk_size,
-        )
+        self.budget, self.chunk_size = budget, chunk_size
         self._kept: KeptLinearisations | None = None
+
+    @cached_property
+    def rule(self) -> ChunkRule:
+        """How chunks are chosen; it rests on products that are watched, which models with factors do without."""
+        model = self.model
+        return ChunkRule(
+            footprint=self.preflight.derivatives.footprint,
+            activation_bytes=max(self.preflight.activation_bytes, 1),
+            parameter_bytes=model.num_params * model.dtype.itemsize,
+            passes=self.layout.passes,
+            budget=self.budget,
+            device_type=model.device.type,
+            chunk_size=self.chunk_size,
+        )
 
     @override
     @contextmanager
@@ -107,7 +114,7 @@ class AutodiffEngine(Engine):
     def rows(self, x: Tensor) -> ExampleRows:
         cotangents = self.layout.cotangents(dtype=self.model.dtype, device=x.device)
         with ieee_precision(), differentiable_attention():
-            if self.preflight.per_example_vmap and not torch.is_grad_enabled():
+            if self.preflight.derivatives.vectorises and not torch.is_grad_enabled():
                 pulled = example_gradients(self.model, x, cotangents)
                 flat = torch.cat([g.reshape(*g.shape[:2], -1) for g in pulled.values()], 2)
             else:
@@ -184,7 +191,7 @@ class AutodiffEngine(Engine):
                     gradient[name] = gradient[name] + g if name in gradient else g
 
     def _linearise(self, x: Tensor, model: FunctionalModel | None = None) -> Linearisation:
-        kind = linearisation(self.preflight.mode)
+        kind = linearisation(self.preflight.derivatives.mode)
         if model is None and self._kept is not None and not torch.is_grad_enabled():
             return self._kept.get(x, lambda: kind(self.model, x), self.rule.kept(x.shape[0]))
         return kind(model or self.model, x)

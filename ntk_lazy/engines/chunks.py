@@ -105,10 +105,6 @@ class ChunkRule:
     device_type: str
     chunk_size: int | None = None
 
-    def __post_init__(self) -> None:
-        if self.chunk_size is not None and (not isinstance(self.chunk_size, int) or self.chunk_size < 1):
-            raise ArgumentError(f"chunk_size must be an int of at least 1, not {self.chunk_size!r}.")
-
     def held(self, examples: int, columns: int) -> int:
         """Bytes of one chunk, with what allocators and kernels take for themselves."""
         return int(slack(self.device_type) * self.footprint.bytes(examples, columns * self.passes))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from functools import cached_property
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -13,7 +15,7 @@ from torch import Tensor
 
 from ntk_lazy.engines.chunks import Chunks
 from ntk_lazy.engines.coverage import Coverage
-from ntk_lazy.engines.footprint import Footprint
+from ntk_lazy.engines.derivatives import Derivatives
 from ntk_lazy.gemm import times_transposed
 from ntk_lazy.model import FunctionalModel
 from ntk_lazy.outputs import OutputLayout
@@ -34,28 +36,27 @@ class Preflight:
     """What a check on a few examples found out about a model.
 
     Attributes:
-        mode: How J is multiplied: forward over reverse mode, or reverse mode twice.
-        per_example_vmap: Whether the gradient of one example can be vectorised over examples.
+        find_derivatives: Finds out what automatic differentiation can do.
         num_outputs: C, outputs of one example with all trailing dimensions flattened.
         writes_buffers: Whether the forward pass changes a buffer, so that each call needs its own copies.
         forward_flops: Operations of a forward pass over one example, as far as they can be counted.
         activation_bytes: Saved for the backward pass of one example, parameters excluded.
-        footprint: Bytes of ``Jᵀ`` and then J, as a function of examples and columns.
         coverage: For which parameters J can be had as factors.
         draws_numbers: Whether it draws random numbers, which must not move the user's generator.
-        notes: What a reader should know, such as the module that forced a fallback.
     """
 
-    mode: Literal["forward-over-reverse", "double-reverse"]
-    per_example_vmap: bool
+    find_derivatives: Callable[[], Derivatives]
     num_outputs: int
     writes_buffers: bool
     forward_flops: float
     activation_bytes: int
-    footprint: Footprint
     coverage: Coverage
     draws_numbers: bool = False
-    notes: tuple[str, ...] = ()
+
+    @cached_property
+    def derivatives(self) -> Derivatives:
+        """What automatic differentiation can do; found out once, at the parameters of that time."""
+        return self.find_derivatives()
 
 
 class Engine(ABC):

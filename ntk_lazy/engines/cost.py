@@ -12,6 +12,7 @@ from typing import final
 
 from ntk_lazy.engines.contract import Preflight
 from ntk_lazy.engines.coverage import Coverage, LayerCost
+from ntk_lazy.engines.linearisation import LinearisationMode
 from ntk_lazy.engines.rates import Rates
 from ntk_lazy.engines.uses import contraction_cost, rows_cost
 from ntk_lazy.outputs import OutputLayout
@@ -53,12 +54,18 @@ class CostModel:
     itemsize: int
     rates: Rates
 
-    def autodiff(self, columns: int, calls: int = 1) -> float:
-        """Products by automatic differentiation: a forward and a backward pass, a forward and a tangent pass."""
+    def autodiff(self, columns: int, calls: int = 1, *, mode: LinearisationMode | None = None) -> float:
+        """Products by automatic differentiation: a forward and a backward pass, a forward and a tangent pass.
+
+        Args:
+            columns: Of each product.
+            calls: Products.
+            mode: As if the model could be differentiated so; None for what it can.
+        """
         positions = max((c.num_positions for c in self.coverage.costs.values()), default=1)
         share = _SHARE_OF_RATE["autodiff" if positions == 1 else "autodiff over positions"]
         flops = self._forward * (1 + 2.0 * columns * self.layout.passes) * sum(self.num_examples)
-        flops *= 2 if self.preflight.mode == "double-reverse" else 1
+        flops *= 2 if (mode or self.preflight.derivatives.mode) == "double-reverse" else 1
         return calls * flops / (share * self.rates.flops)
 
     def capture(self) -> float:

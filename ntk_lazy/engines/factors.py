@@ -286,10 +286,10 @@ class FactorEngine(Engine):
 
 def _coverage(model: FunctionalModel, layout: OutputLayout, preflight: Preflight, budget: int) -> Coverage:
     """Take rows of J for parameters without factors, if gradients of single examples vectorise and are small enough."""
-    q = layout.rows_per_example * layout.passes
-    rows = q * sum(model.params[name].nbytes for name in preflight.coverage.uncovered)
-    is_small = rows <= _ROWS_SHARE * budget
-    return preflight.coverage.completed(model.params) if preflight.per_example_vmap and is_small else preflight.coverage
+    found = preflight.coverage
+    rows = layout.rows_per_example * layout.passes * sum(model.params[name].nbytes for name in found.uncovered)
+    is_wanted = found.uncovered and rows <= _ROWS_SHARE * budget
+    return found.completed(model.params) if is_wanted and preflight.derivatives.vectorises else found
 
 
 def _rows(examples: slice, rows_per_example: int) -> slice:

@@ -15,15 +15,16 @@ import numpy as np
 import torch
 from jaxtyping import Float64
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from typing_extensions import override
+
+from ntk_lazy.engines.watch import Watch
 
 _POINTS = ((2, 2), (4, 2), (2, 4), (4, 4))
 
 
 @final
-class _LiveBytes(TorchDispatchMode):
+class _LiveBytes(Watch):
     """Record the bytes of all living results after each operator call.
 
     Convolutions bring their operands and their result into a blocked layout of their own while they run: they count
@@ -31,7 +32,7 @@ class _LiveBytes(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.trace: list[int] = []
         self._living: dict[int, weakref.ref[Any]] = {}
         self._total = 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TypeVar, final
 
@@ -68,13 +68,14 @@ class PlannedEngine(Engine):
         self.factors: FactorEngine | None = None
         tiles: Engine = self.autodiff
         self.coverage = preflight.coverage
-        if preflight.coverage.costs or preflight.per_example_vmap:
+        if preflight.coverage.costs or preflight.derivatives.vectorises:
             self.factors = FactorEngine(model, layout, preflight=preflight, budget=budget, chunk_size=chunk_size)
             self.coverage = self.factors.coverage
             # One half of the budget for K, the other for what it is made of.
             tiles = FactorEngine(model, layout, preflight=preflight, budget=budget // 2, chunk_size=chunk_size)
         self.gram_engine = GramEngine(tiles, budget=budget // 2, max_dense_bytes=max_dense_bytes)
         self._series: Engine | None = None
+        self._context = ExitStack()  # of a series of products: what its engine keeps
         self._expected: int | None = None
 
     def choice(self, name: str) -> Engine:
@@ -86,8 +87,29 @@ class PlannedEngine(Engine):
         self, num_examples: tuple[int, int], *, is_symmetric: bool, columns: int, calls: int
     ) -> tuple[Alternative, ...]:
         """Predict what each engine would take for some products in a row, cheapest first among those that fit."""
+        cost = self._cost(num_examples, is_symmetric)
+        seconds, held = cost.autodiff(columns, calls), self._held(self.autodiff, max(num_examples), columns)
+        autodiff = Alternative("autodiff", seconds, held, self.preflight.derivatives.mode)
+        return _ranked([autodiff, *self._by_layers(cost, columns, calls)])
+
+    def _by_layers(self, cost: CostModel, columns: int, calls: int) -> list[Alternative]:
+        """Predict what the engines would take that go by layers."""
+        n, found = max(cost.num_examples), []
+        if self.factors is not None:
+            together = n if cost.is_symmetric else sum(cost.num_examples)
+            is_kept, as_rows = self.factors.store.keeps(together), self.factors.store.row_parameters(together)
+            how = "factors kept" if is_kept else "factors made anew for each product"
+            how += f", {len(as_rows)} parameters as rows of J" if as_rows else ""
+            seconds = cost.factors(columns, calls, is_kept=is_kept, as_rows=as_rows)
+            found.append(Alternative("factors", seconds, self._held(self.factors, n, columns), how))
+        if self.gram_engine.fits(*cost.num_examples):
+            seconds = cost.gram() + cost.kept_products(columns, calls)
+            found.append(Alternative("gram", seconds, self._held(self.gram_engine, n, columns), "K kept"))
+        return found
+
+    def _cost(self, num_examples: tuple[int, int], is_symmetric: bool) -> CostModel:
         rates = machine_rates(self.model.device, self.model.dtype)
-        cost = CostModel(
+        return CostModel(
             self.preflight,
             self.coverage,
             self.layout,
@@ -97,23 +119,6 @@ class PlannedEngine(Engine):
             self.model.dtype.itemsize,
             rates,
         )
-        n = max(num_examples)
-        found = [
-            Alternative(
-                "autodiff", cost.autodiff(columns, calls), self._held(self.autodiff, n, columns), self.preflight.mode
-            )
-        ]
-        if self.factors is not None:
-            together = n if is_symmetric else sum(num_examples)
-            is_kept, as_rows = self.factors.store.keeps(together), self.factors.store.row_parameters(together)
-            how = "factors kept" if is_kept else "factors made anew for each product"
-            how += f", {len(as_rows)} parameters as rows of J" if as_rows else ""
-            seconds = cost.factors(columns, calls, is_kept=is_kept, as_rows=as_rows)
-            found.append(Alternative("factors", seconds, self._held(self.factors, n, columns), how))
-        if self.gram_engine.fits(*num_examples):
-            seconds = cost.gram() + cost.kept_products(columns, calls)
-            found.append(Alternative("gram", seconds, self._held(self.gram_engine, n, columns), "K kept"))
-        return tuple(sorted(found, key=lambda a: (a.num_bytes is None, a.seconds)))
 
     @override
     @contextmanager
@@ -124,7 +129,7 @@ class PlannedEngine(Engine):
             return
         self._expected, self._series = max(1, num_columns), None
         try:
-            with self.autodiff.linearised(), self.gram_engine.linearised(num_columns):
+            with self._context:
                 yield
         finally:
             self._expected, self._series = None, None
@@ -180,12 +185,21 @@ class PlannedEngine(Engine):
         if self._series is not None:
             return self._series
         calls = 1 if self._expected is None else max(1, round(self._expected / max(columns, 1)))
-        is_symmetric = is_same_view(x1, x2)
-        ranked = self.alternatives((x1.shape[0], x2.shape[0]), is_symmetric=is_symmetric, columns=columns, calls=calls)
-        chosen = self.choice(ranked[0].engine)
+        chosen = self._cheapest((x1.shape[0], x2.shape[0]), is_same_view(x1, x2), columns, calls)
         if self._expected is not None:
+            self._context.enter_context(chosen.linearised(self._expected))
             self._series = chosen
         return chosen
+
+    def _cheapest(self, num_examples: tuple[int, int], is_symmetric: bool, columns: int, calls: int) -> Engine:
+        """Choose as ``alternatives`` ranks; how the model differentiates is found out only where it could matter."""
+        cost = self._cost(num_examples, is_symmetric)
+        best = next(iter(_ranked(self._by_layers(cost, columns, calls))), None)
+        least = cost.autodiff(columns, calls, mode="forward-over-reverse")
+        if best is not None and best.num_bytes is not None and best.seconds <= least:
+            return self.choice(best.engine)
+        ranked = self.alternatives(num_examples, is_symmetric=is_symmetric, columns=columns, calls=calls)
+        return self.choice(ranked[0].engine)
 
     def _try(self, engine: Engine, run: Callable[[Engine], Result]) -> Result:
         try:
@@ -201,3 +215,8 @@ class PlannedEngine(Engine):
             return engine.chunks(num_examples, columns).bytes
         except BudgetError:
             return None
+
+
+def _ranked(alternatives: list[Alternative]) -> tuple[Alternative, ...]:
+    """Cheapest first, of those that fit the budget; then the others."""
+    return tuple(sorted(alternatives, key=lambda a: (a.num_bytes is None, a.seconds)))

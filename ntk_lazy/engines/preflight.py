@@ -8,36 +8,23 @@ derivatives whose forward and reverse modes disagree. Here it is an error that n
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from typing import Literal
+from functools import partial
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from ntk_lazy.engines import suspects
 from ntk_lazy.engines.contract import Preflight
 from ntk_lazy.engines.coverage import Coverage
-from ntk_lazy.engines.flat import FlatLayout
-from ntk_lazy.engines.footprint import Footprint
+from ntk_lazy.engines.derivatives import Derivatives, quiet
+from ntk_lazy.engines.flops import FlopCount
 from ntk_lazy.engines.forward_pass import ForwardPass
-from ntk_lazy.engines.linearisation import (
-    DoubleReverse,
-    ForwardOverReverse,
-    Linearisation,
-    LinearisationMode,
-    Tangents,
-    example_gradients,
-    linearisation,
-    refuse_inference_mode,
-)
-from ntk_lazy.engines.rounding import Rounding, largest, noise
+from ntk_lazy.engines.linearisation import DoubleReverse, Tangents, refuse_inference_mode
+from ntk_lazy.engines.rounding import largest, noise
 from ntk_lazy.engines.suspects import TRANSFORM_ERRORS, Call, named
 from ntk_lazy.errors import NonFiniteError, UnsupportedModuleError
-from ntk_lazy.model import FunctionalModel, generators_kept
-from ntk_lazy.precision import differentiable_attention, ieee_precision
+from ntk_lazy.model import FunctionalModel
 
 _PROBES = 3
 
@@ -62,46 +49,29 @@ def check(model: FunctionalModel, x: Tensor) -> Preflight:
     """
     refuse_inference_mode()
     _check_parameters(model)
-    with _quiet(x) as caught:
+    with quiet(x) as caught:
         forward = ForwardPass.run(model, x)
         forward.check_determinism()
         model = replace(model, has_private_buffers=forward.writes_buffers, keeps_generators=forward.draws_numbers)
         activation_bytes = _measure_activations(model, x)
-        with FlopCounterMode(display=False) as counter:
+        with FlopCount() as counter:
             model(model.params, x)
         _refuse_known(forward)
         by_example = _check_independence(model, forward)
         _refuse_dropped_gradients(caught)
-        mode, note = _choose_mode(model, forward)
-        vectorises = mode == "forward-over-reverse" and _vectorises(model, forward, by_example, caught)
-        footprint = _measure_footprint(model, x, mode, activation_bytes)
         coverage = _find_factors(model, forward, by_example)
-    return Preflight(
-        mode=mode,
-        per_example_vmap=vectorises,
+    preflight = Preflight(
+        find_derivatives=partial(Derivatives.of, model, x.clone(), activation_bytes),
         num_outputs=forward.output.shape[1],
         writes_buffers=forward.writes_buffers,
         draws_numbers=forward.draws_numbers,
-        forward_flops=counter.get_total_flops() / x.shape[0],
+        forward_flops=counter.total / x.shape[0],
         activation_bytes=activation_bytes,
-        footprint=footprint,
         coverage=coverage,
-        notes=(note,) if note else (),
     )
-
-
-@contextmanager
-def _quiet(x: Tensor) -> Iterator[list[warnings.WarningMessage]]:
-    """Build no graph by default, compute in IEEE arithmetic, keep the generators, and collect warnings."""
-    with (
-        torch.no_grad(),
-        ieee_precision(),
-        differentiable_attention(),
-        generators_kept(x.device),
-        warnings.catch_warnings(record=True) as caught,
-    ):
-        warnings.simplefilter("always")
-        yield caught
+    if coverage.uncovered:
+        _ = preflight.derivatives  # needed in any case: a model without any is better refused now
+    return preflight
 
 
 def _check_parameters(model: FunctionalModel) -> None:
@@ -132,23 +102,6 @@ def _measure_activations(model: FunctionalModel, x: Tensor) -> int:
             "them. The kernel would be zero. Choose others with params=, or return the output with its graph."
         )
     return -(-sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) // x.shape[0])
-
-
-def _measure_footprint(model: FunctionalModel, x: Tensor, mode: LinearisationMode, activation_bytes: int) -> Footprint:
-    """Find out what a chunk holds, from products that are watched while they run."""
-    flat = FlatLayout.of(model.params)
-    num_outputs = model(model.params, x[:1]).shape[1]
-
-    def run(examples: int, columns: int) -> Tensor:
-        chunk = linearisation(mode)(model, x[torch.arange(examples, device=x.device) % x.shape[0]])
-        W = torch.zeros(columns, model.num_params, dtype=model.dtype, device=model.device)
-        U = torch.zeros(columns, examples, num_outputs, dtype=model.dtype, device=model.device)
-        flat.add(W, chunk.pull(U))
-        return chunk.push(flat.views(W))
-
-    measured = Footprint.measure(run) if mode == "forward-over-reverse" else None
-    parameter_bytes = model.num_params * model.dtype.itemsize
-    return measured or Footprint.assume(activation_bytes=activation_bytes, parameter_bytes=parameter_bytes)
 
 
 def _refuse_known(forward: ForwardPass) -> None:
@@ -255,74 +208,6 @@ def _refuse_dropped_gradients(caught: list[warnings.WarningMessage]) -> None:
         )
 
 
-def _choose_mode(
-    model: FunctionalModel, forward: ForwardPass
-) -> tuple[Literal["forward-over-reverse", "double-reverse"], str]:
-    """Take the first way of multiplying with J that agrees with plain reverse mode; say what is wrong with others."""
-    x, calls = forward.x, forward.calls
-    U = noise((2, *forward.output.shape), like=forward.output, seed=2)
-    W = {name: noise((2, *p.shape), like=p, seed=3 + i) for i, (name, p) in enumerate(model.params.items())}
-    reference = DoubleReverse(model, x).pull(U)
-    if forward.embeddings.has_padding:
-        # Reverse mode skips the row of padding_idx, forward mode does not; whether it shows depends on the tokens.
-        at_fault = named(suspects.embedding_modules(calls, "padding_idx"), otherwise="an embedding")
-        reason = "forward and reverse mode disagree on padding_idx"
-    else:
-        reason = _disagreement(ForwardOverReverse(model, x), U, W, reference, forward.rounding)
-        if not reason:
-            return "forward-over-reverse", ""
-        found = suspects.first_without_forward_mode(calls)
-        at_fault, reason = ("the forward pass", reason) if found is None else (str(found[0]), found[1])
-    second = _disagreement(DoubleReverse(model, x), U, W, reference, forward.rounding)
-    if not second:
-        return "double-reverse", f"{at_fault}: no forward mode ({reason}); reverse mode is applied twice instead."
-    is_bag = any(isinstance(call.module, torch.nn.EmbeddingBag) for call in calls)
-    cure = "EmbeddingBag by Embedding and a sum or mean over tokens" if is_bag else "it by a module that can be"
-    raise UnsupportedModuleError(
-        f"{at_fault} can be differentiated neither in forward mode ({reason}) nor twice in reverse mode ({second}). "
-        f"Replace {cure}."
-    )
-
-
-def _disagreement(way: Linearisation, U: Tensor, W: Tangents, reference: Tangents, rounding: Rounding) -> str:
-    """Say how a way of multiplying fails: by an exception, in Jᵀ, or in ⟨J w, u⟩ = ⟨w, Jᵀ u⟩; "" where it works."""
-    try:
-        pulled, pushed = way.pull(U), way.push(W)
-    except torch.OutOfMemoryError:
-        raise
-    except TRANSFORM_ERRORS as error:
-        return suspects.first_line(error)
-    scale = largest(*reference.values())
-    if any(rounding.separates(pulled[name], g, scale=scale) for name, g in reference.items()):
-        return "its gradient differs from that of plain autograd"
-    left = torch.einsum("abc,dbc->ad", U.double(), pushed.double())
-    right = torch.stack([_flat(g) @ _flat(W[name]).mT for name, g in pulled.items()]).sum(0)
-    norms = U.double().flatten(1).norm(dim=1)[:, None] * pushed.double().flatten(1).norm(dim=1)
-    is_adjoint = ((left - right).abs() <= rounding.bound * norms).all()
-    return "" if is_adjoint else "forward and reverse mode disagree"
-
-
-def _vectorises(
-    model: FunctionalModel, forward: ForwardPass, by_example: list[Tangents], caught: list[warnings.WarningMessage]
-) -> bool:
-    """Whether the gradients of single examples can be had by one vectorised call, at its full speed."""
-    num_warnings = len(caught)
-    try:
-        stacked = example_gradients(model, forward.x, _cotangents(forward.output))
-    except torch.OutOfMemoryError:
-        raise
-    except TRANSFORM_ERRORS:
-        return False
-    if any("batching rule" in str(warning.message) for warning in caught[num_warnings:]):
-        return False  # torch would loop over the examples, and say so at every call
-    scale = max(largest(*g.values()) for g in by_example)
-    return not any(
-        forward.rounding.separates(stacked[name][i] * _weight(i), g, scale=scale)
-        for i, row in enumerate(by_example)
-        for name, g in row.items()
-    )
-
-
 def _find_factors(model: FunctionalModel, forward: ForwardPass, by_example: list[Tangents]) -> Coverage:
     """Find out for which parameters J can be had as factors, and check them against the gradients of each example."""
     # Three examples, whatever there are: the place of the examples in a tensor does not show with one of them.
@@ -348,7 +233,3 @@ def _cotangents(output: Tensor) -> Tensor:
 def _weight(example: int) -> float:
     """Give each example another share of the cotangents, so that a sum over them cannot hide one for another."""
     return 1 + example / 2
-
-
-def _flat(columns: Tensor) -> Tensor:
-    return columns.reshape(columns.shape[0], -1).double()

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp, vjp, vmap
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
-from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import override
 
 from ntk_lazy.engines.rounding import Rounding, noise
+from ntk_lazy.engines.watch import Watch
 from ntk_lazy.model import as_ieee, attributes_kept
 from ntk_lazy.precision import differentiable_weight_norm
 
@@ -57,7 +57,7 @@ def recorded_calls(module: nn.Module | None) -> Iterator[list[Call]]:
         yield calls
 
 
-class EmbeddingWatch(TorchDispatchMode):
+class EmbeddingWatch(Watch):
     """Notice embeddings, of modules and functional ones, whose backward pass is not the transpose of the forward.
 
     Attributes:
@@ -67,7 +67,7 @@ class EmbeddingWatch(TorchDispatchMode):
     """
 
     def __init__(self, fixed: Iterable[Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._fixed = {tensor.untyped_storage().data_ptr() for tensor in fixed}
         self.has_padding = self.has_frequencies = self.is_sparse = False
 
