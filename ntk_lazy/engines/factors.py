@@ -255,7 +255,7 @@ class FactorEngine(Engine):
             add_tile(part_of(layer, i), part_of(second[names], j), tile)
         del first, second
         # Positions are unfolded once for each part of a layer: few large parts cost less.
-        limit = int(min(self.budget * _ROWS_SHARE, 4 * working_set(self.model.device.type)))
+        limit = int(min(self.budget * _ROWS_SHARE, 2 * working_set(self.model.device.type)))
         for name in self.coverage.costs.keys() - plain:
             sides = [
                 [(chunk.num_examples * r, chunk.uses[number][name]) for chunk in side]
@@ -264,6 +264,7 @@ class FactorEngine(Engine):
             for rows1, rows2 in row_slices(sides[0], sides[-1], limit // self.model.dtype.itemsize):
                 for i, j in self._tiles(out.shape, _TILE // 2, is_symmetric=is_symmetric):
                     out[_rows(i, r), _rows(j, r)] += times_transposed(rows1[_rows(i, r)], rows2[_rows(j, r)])
+                del rows1, rows2
 
     def _tiles(self, shape: torch.Size, size: int, *, is_symmetric: bool) -> list[tuple[slice, slice]]:
         """Examples of the tiles of K, of about so many rows; of a symmetric K those on the diagonal and above."""

@@ -92,6 +92,7 @@ def row_slices(left: Side, right: Side, num_entries: int) -> Iterator[tuple[Flat
     for part in first.parts(max(1, num_entries // max(num_rows, 1))) if is_alike else [None]:
         rows = [_flat(side, part) for side in sides]
         yield rows[0], rows[-1]
+        rows.clear()  # let go before the next are made
 
 
 def _flat(side: Side, part: slice | None) -> FlatRows:
