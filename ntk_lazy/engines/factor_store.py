@@ -13,31 +13,13 @@ from torch import Tensor
 from ntk_lazy.engines.chunks import is_same_view, require, slack, slices, working_set
 from ntk_lazy.engines.contract import Preflight
 from ntk_lazy.engines.coverage import Coverage
+from ntk_lazy.engines.factor_chunk import Chunk, join
 from ntk_lazy.engines.uses import Rows, Use, relabelled
 from ntk_lazy.model import FunctionalModel
 from ntk_lazy.outputs import OutputLayout
 
 _KEPT_SHARE = 0.5  # of the budget: factors that stay while a product, or a series of them, runs
 _PASS_SHARE = 0.25  # of the budget: a forward and a backward pass
-
-
-@final
-@dataclass(frozen=True, eq=False)
-class Chunk:
-    """Factors of some examples.
-
-    Attributes:
-        examples: Which ones.
-        uses: For each pass, and each covered parameter, its uses.
-    """
-
-    examples: slice
-    uses: tuple[dict[str, list[Use]], ...]
-
-    @property
-    def num_examples(self) -> int:
-        """How many."""
-        return self.examples.stop - self.examples.start
 
 
 Chunked: TypeAlias = Callable[[], Iterable[Chunk]]  # goes through all chunks, as often as it is called
@@ -194,7 +176,7 @@ class FactorStore:
         else:
             if self._kept is not None:
                 self._kept.clear()
-            held = list(self.capture(x, as_rows=as_rows))
+            held = join(self.capture(x, as_rows=as_rows), x.shape[0])
             if self._kept is not None:
                 self._kept[key] = x, held
         return lambda: held

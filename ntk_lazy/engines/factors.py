@@ -16,7 +16,8 @@ from ntk_lazy.engines.autodiff import AutodiffEngine
 from ntk_lazy.engines.chunks import Chunks, is_same_view, require, slack, slices, working_set
 from ntk_lazy.engines.contract import ColumnsFirst, Engine, ExampleRows, GramMatrix, OtherBlock, Preflight
 from ntk_lazy.engines.coverage import Coverage
-from ntk_lazy.engines.factor_store import Chunk, Chunked, FactorStore
+from ntk_lazy.engines.factor_chunk import Chunk
+from ntk_lazy.engines.factor_store import Chunked, FactorStore
 from ntk_lazy.engines.flat import FlatLayout
 from ntk_lazy.engines.tiles import add_tile, merged_layers, part_of, plain_parameters, row_slices
 from ntk_lazy.engines.uses import Coefficients
@@ -112,9 +113,7 @@ class FactorEngine(Engine):
                 Y += self.rest.product(x1, x2, V)
             for group in self.store.groups(x1, x2, is_compact=True):
                 for columns in slices(k, self._columns(group.widths, k)):
-                    out = torch.zeros_like(Y[:, columns])
-                    self._push(group.left, self._pull(group.right, V[:, columns], group.widths), out)
-                    Y[:, columns] += out
+                    self._push(group.left, self._pull(group.right, V[:, columns], group.widths), Y[:, columns])
         return Y
 
     @override
@@ -256,7 +255,7 @@ class FactorEngine(Engine):
         del first, second
         # Positions are unfolded once for each part of a layer: few large parts cost less.
         limit = int(min(self.budget * _ROWS_SHARE, 2 * working_set(self.model.device.type)))
-        for name in self.coverage.costs.keys() - plain:
+        for name in [name for name in self.coverage.costs if name not in plain]:
             sides = [
                 [(chunk.num_examples * r, chunk.uses[number][name]) for chunk in side]
                 for side in ((left,) if is_symmetric else (left, right))
@@ -276,13 +275,11 @@ class FactorEngine(Engine):
         """Add ``J Wᵀ`` to Y."""
         r = self.layout.rows_per_example
         for chunk in chunks():
-            rows = Y[chunk.examples.start * r : chunk.examples.stop * r]
-            part = Y.new_zeros(rows.shape[0] // r, r, Y.shape[1])
+            part = Y[chunk.examples.start * r : chunk.examples.stop * r].unflatten(0, (-1, r))
             for number, uses in enumerate(chunk.uses):
                 for name, columns in W.items():
                     for use in uses[name]:
                         use.push(columns[number], part)
-            rows += part.flatten(0, 1)
 
 
 def _coverage(model: FunctionalModel, layout: OutputLayout, preflight: Preflight, budget: int) -> Coverage:

@@ -83,9 +83,9 @@ def row_slices(left: Side, right: Side, num_entries: int) -> Iterator[tuple[Flat
     sides = [left] if left is right else [left, right]
     renewed = iter(relabelled([uses for side in sides for _, uses in side]))
     sides = [[(num, next(renewed)) for num, _ in side] for side in sides]
-    found = [uses for side in sides for _, uses in side if uses]
-    if not found:
+    if not all(any(uses for _, uses in side) for side in sides):
         return
+    found = [uses for side in sides for _, uses in side if uses]
     first = found[0][0]
     is_alike = all(len(uses) == 1 and type(uses[0]) is type(first) for uses in found)
     num_rows = sum(num for side in sides for num, _ in side)
@@ -96,11 +96,13 @@ def row_slices(left: Side, right: Side, num_entries: int) -> Iterator[tuple[Flat
 
 
 def _flat(side: Side, part: slice | None) -> FlatRows:
+    if len(side) == 1:
+        return _rows_of(side[0][1], part)
     flat, begin = torch.empty(0), 0
     total = sum(num for num, _ in side)
     for num, uses in side:
         if uses:
-            piece = _sum([use.rows() if part is None else use.part(part) for use in uses]).flatten(0, 1)
+            piece = _rows_of(uses, part)
             if flat.ndim == 1:
                 # Chunks without a use of the parameter have rows of zeros.
                 make = piece.new_empty if all(uses for _, uses in side) else piece.new_zeros
@@ -108,6 +110,10 @@ def _flat(side: Side, part: slice | None) -> FlatRows:
             flat[begin : begin + num] = piece
         begin += num
     return flat
+
+
+def _rows_of(uses: list[Use], part: slice | None) -> FlatRows:
+    return _sum([use.rows() if part is None else use.part(part) for use in uses]).flatten(0, 1)
 
 
 def _joined(layers: list[Layer]) -> Layer:

@@ -35,6 +35,8 @@ _COLUMNS = 4
 _FEW = 4096
 # Scaling a factor and multiplying with it stay in cache when they work on pieces of so many bytes.
 _PIECE_BYTES = 4 << 20
+# Products and sums that copy their operands do so for pieces of so many bytes.
+_COPY_BYTES = 32 << 20
 # Bytes moved cost as much as so many operations of a matrix product.
 _BALANCE = 12.0
 
@@ -46,6 +48,20 @@ class Use(ABC):
     @abstractmethod
     def held(self) -> tuple[Tensor | None, Tensor]:
         """The factors: one that is the same for every row of J of an example, if there is one, and the other."""
+
+    @property
+    @abstractmethod
+    def factors(self) -> tuple[Tensor, ...]:
+        """The same with the examples as their first dimension."""
+
+    @property
+    @abstractmethod
+    def kind(self) -> tuple[object, ...]:
+        """All that is not a factor."""
+
+    @abstractmethod
+    def with_factors(self, *factors: Tensor) -> Use:
+        """The same kind of use with other factors."""
 
     @property
     @abstractmethod
@@ -95,22 +111,43 @@ class Rows(Use):
 
     @property
     @override
+    def factors(self) -> tuple[Tensor, ...]:
+        return (self.R,)
+
+    @property
+    @override
+    def kind(self) -> tuple[object, ...]:
+        return (Rows,)
+
+    @override
+    def with_factors(self, *factors: Tensor) -> Rows:
+        return Rows(*factors)
+
+    @property
+    @override
     def num_entries(self) -> int:
         return self.R.shape[2]
 
     @override
     def pull(self, V: Coefficients, W: ParameterColumns) -> None:
-        V, R = V.flatten(0, 1), self.R.flatten(0, 1)
-        if R.shape[1] > _FEW:
-            add_gram_(W, V, R)
-            return
         # A bias near the output has one large gradient for all examples: it carries the largest eigenvector, and what
         # a long float32 sum loses would hide small eigenvalues. In float64 it costs next to nothing.
-        W += (V.mT.double() @ R.double()).to(W.dtype)
+        is_small = self.num_entries <= _FEW
+        total = W.double() if is_small else W
+        for piece in self._pieces():
+            v, R = V[piece].flatten(0, 1), self.R[piece].flatten(0, 1)
+            if is_small:
+                total.addmm_(v.mT.double(), R.double())
+            else:
+                add_gram_(total, v, R)
+        if is_small:
+            W.copy_(total)
 
     @override
     def push(self, W: ParameterColumns, Y: Coefficients) -> None:
-        Y.add_(times_transposed(self.R.flatten(0, 1), W).view_as(Y))
+        for piece in self._pieces():
+            part = Y[piece]
+            part += times_transposed(self.R[piece].flatten(0, 1), W).view_as(part)
 
     @override
     def rows(self, examples: slice = slice(None)) -> ParameterRows:
@@ -127,6 +164,11 @@ class Rows(Use):
     @override
     def first(self, num_examples: int) -> Rows:
         return Rows(self.R[:num_examples])
+
+    def _pieces(self) -> Iterator[slice]:
+        """Cut the chunk into pieces whose temporaries are small beside what is held."""
+        size = max(1, _COPY_BYTES // max(1, self.R.shape[1] * self.R.shape[2] * self.R.element_size()))
+        return slices(self.R.shape[0], size)
 
 
 @final
@@ -186,6 +228,21 @@ class Outer(Use):
     @override
     def held(self) -> tuple[Tensor | None, Tensor]:
         return self.source, self.G
+
+    @property
+    @override
+    def factors(self) -> tuple[Tensor, ...]:
+        return self.source, self.G.transpose(0, 1)
+
+    @property
+    @override
+    def kind(self) -> tuple[object, ...]:
+        return Outer, self.window, self.is_transposed
+
+    @override
+    def with_factors(self, *factors: Tensor) -> Outer:
+        source, G = factors
+        return replace(self, source=source, G=G.transpose(0, 1))
 
     @property
     @override
@@ -312,6 +369,21 @@ class Lookup(Use):
 
     @property
     @override
+    def factors(self) -> tuple[Tensor, ...]:
+        return self.tokens, self.G.transpose(0, 1)
+
+    @property
+    @override
+    def kind(self) -> tuple[object, ...]:
+        return Lookup, self.num_tokens
+
+    @override
+    def with_factors(self, *factors: Tensor) -> Lookup:
+        tokens, G = factors
+        return replace(self, tokens=tokens, G=G.transpose(0, 1))
+
+    @property
+    @override
     def num_entries(self) -> int:
         return self.num_tokens * self.G.shape[3]
 
@@ -319,15 +391,19 @@ class Lookup(Use):
     def pull(self, V: Coefficients, W: ParameterColumns) -> None:
         d = self.G.shape[3]
         table = W.view(V.shape[2], self.num_tokens, d)
-        for column in range(V.shape[2]):
-            D = torch.einsum("bq,qbsd->bsd", V[:, :, column], self.G)
-            table[column].index_add_(0, self.tokens.flatten(), D.flatten(0, 1))
+        for piece in self._pieces():
+            G, tokens = self.G[:, piece], self.tokens[piece].flatten()
+            for column in range(V.shape[2]):
+                D = torch.einsum("bq,qbsd->bsd", V[piece, :, column], G)
+                table[column].index_add_(0, tokens, D.flatten(0, 1))
 
     @override
     def push(self, W: ParameterColumns, Y: Coefficients) -> None:
         table = W.view(W.shape[0], self.num_tokens, self.G.shape[-1])
-        for column in range(W.shape[0]):
-            Y[:, :, column] += torch.einsum("bsd,qbsd->bq", table[column][self.tokens], self.G)
+        for piece in self._pieces():
+            G, tokens = self.G[:, piece], self.tokens[piece]
+            for column in range(W.shape[0]):
+                Y[piece, :, column] += torch.einsum("bsd,qbsd->bq", table[column][tokens], G)
 
     @override
     def rows(self, examples: slice = slice(None)) -> ParameterRows:
@@ -349,6 +425,11 @@ class Lookup(Use):
     @override
     def first(self, num_examples: int) -> Lookup:
         return replace(self, tokens=self.tokens[:num_examples], G=self.G[:, :num_examples])
+
+    def _pieces(self) -> Iterator[slice]:
+        """Cut the chunk into pieces whose temporaries are small beside what is held."""
+        _, b, S, d = self.G.shape
+        return slices(b, max(1, _COPY_BYTES // max(1, S * d * self.G.element_size())))
 
 
 def relabelled(found: Sequence[list[Use]]) -> list[list[Use]]:
