@@ -134,7 +134,7 @@ def test_padding_of_a_functional_embedding_is_noticed_without_a_padded_example()
 
     found = check(nl.FunctionalModel.from_module(Padded()), torch.randint(1, 7, (4, 5)))
     assert found.mode == "double-reverse"
-    assert "padding_idx" in found.notes[0]
+    assert "padding_idx" in found.derivatives.note
 
 
 def test_compiled_scripts_are_refused_even_inside_a_module():
@@ -145,7 +145,7 @@ def test_compiled_scripts_are_refused_even_inside_a_module():
 
 def test_the_module_at_fault_is_found_inside_a_larger_one():
     model = nn.Sequential(nn.Linear(4, 4), named("checkpoint").build(), nn.Tanh())
-    (note,) = check(nl.FunctionalModel.from_module(model), torch.randn(4, 4)).notes
+    note = check(nl.FunctionalModel.from_module(model), torch.randn(4, 4)).derivatives.note
     assert note.startswith("'1' (Checkpointed)")
 
 
