@@ -23,7 +23,12 @@ def check_count(count: object, name: str) -> None:
 
 
 def derived_block_size(num_wanted: int, kappa: float = TYPICAL_KAPPA) -> int:
-    """Round ``√(0.35 k kappa)`` to a power of two between 8 and 64."""
+    """Round ``√(0.35 k kappa)`` to a power of two between 8 and 64.
+
+    A search should not depend on which engine won on predicted seconds, so ``kappa`` is one number for all of them. On a
+    CPU, for 20 and 200 pairs of a kernel with 2,000 and 10,000 rows, the width was within 7 % of the best one where K
+    is kept. From factors, where a column costs the same in any block, half of it was up to 11 % faster at 200 pairs.
+    """
     best = math.sqrt(0.35 * num_wanted * kappa)
     nearest = 2.0 ** round(math.log2(max(best, _NARROWEST)))
     return int(min(WIDEST, nearest))

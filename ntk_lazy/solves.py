@@ -84,8 +84,8 @@ class Spectrum:
     def preconditioned(self, rank: int) -> Spectrum:
         """Bring the first ones down to the level that a randomised Nyström preconditioner of this rank leaves.
 
-        Of ``r`` columns it knows the first ``q`` pairs well, where ``q`` makes ``λ_{q+1} / (r − q − 1)`` small: one half
-        to two thirds of them where eigenvalues decay like a power, nearly all where they drop.
+        Of ``r`` columns it knows the first ``q`` pairs well, where ``q`` makes ``λ_{q+1} / (r − q − 1)`` small: one
+        half to two thirds of them where eigenvalues decay like a power, nearly all where they drop.
 
         Source: after Tropp, Yurtsever, Udell and Cevher, Fixed-rank approximation of a positive-semidefinite matrix
             (NIPS 2017), theorem 4.1, with the largest of the eigenvalues that are left in place of their sum.
@@ -121,8 +121,8 @@ class PredictedSolve:
         float32 takes up to three times the iterations of exact arithmetic. How often they do is a matter of the
         eigenvalues alone. The right-hand side has equal parts in all directions.
 
-        On five networks, with noise of 1e-4 to 1 of the mean diagonal and in both dtypes, the count was within 1.5 times
-        of the measured one, wherever ten iterations or more were needed.
+        On six networks, with noise of 1e-4 to 1 of the mean diagonal and in both dtypes, the count was within a factor
+        of 1.5 of the measured one, wherever ten iterations or more were needed.
 
         Source: Greenbaum, Behavior of slightly perturbed Lanczos and conjugate-gradient recurrences (Linear Algebra
             Appl. 113, 1989). The bound: Saad, Iterative Methods for Sparse Linear Systems (2003), equation 6.128, from

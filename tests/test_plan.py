@@ -66,6 +66,7 @@ def within(predicted: int, counted: int, factor: float) -> bool:
     return counted / factor - 1 <= predicted <= counted * factor + 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("noise", NOISES)
 @pytest.mark.parametrize("name", POINTS)
 @pytest.mark.parametrize("rtol", [1e-2, 1e-4])
@@ -78,6 +79,7 @@ def test_iterations_of_conjugate_gradients_are_predicted_within_a_factor_of_two(
     assert found.iterations <= found.most_iterations
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("noise", NOISES)
 @pytest.mark.parametrize("name", ["conv1d", "wide"])
 def test_iterations_with_a_preconditioner_are_predicted_within_a_factor_of_two(name: str, noise: float):
@@ -91,6 +93,7 @@ def test_iterations_with_a_preconditioner_are_predicted_within_a_factor_of_two(n
     assert found.condition <= K.explain(solve=Solve(noise=noise)).job.solve.condition
 
 
+@pytest.mark.slow
 def test_a_plan_of_a_solve_is_the_same_each_time_and_grows_with_what_is_asked():
     K, dense = kernel("wide")
     unit = float(dense.diagonal().mean())
@@ -121,9 +124,8 @@ def test_degenerate_spectra_are_solved_at_once():
     for values in (torch.zeros(600, dtype=torch.float64), torch.ones(600, dtype=torch.float64)):
         found = PredictedSolve.of(Solve(noise=0.5), Spectrum.of_sample(values, 600), torch.float32)
         assert found.iterations == 1
-    assert (
-        PredictedSolve.of(Solve(noise=0.5, rank=1), Spectrum.of_sample(torch.ones(1), 1), torch.float64).iterations == 1
-    )
+    single = Spectrum.of_sample(torch.ones(1, dtype=torch.float64), 1)
+    assert PredictedSolve.of(Solve(noise=0.5, rank=1), single, torch.float64).iterations == 1
 
 
 def test_seconds_grow_with_columns_and_products_and_the_cheapest_that_fits_is_chosen():
