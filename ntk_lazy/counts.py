@@ -25,9 +25,9 @@ def check_count(count: object, name: str) -> None:
 def derived_block_size(num_wanted: int, kappa: float = TYPICAL_KAPPA) -> int:
     """Round ``√(0.35 k kappa)`` to a power of two between 8 and 64.
 
-    A search should not depend on which engine won on predicted seconds, so ``kappa`` is one number for all of them. On a
-    CPU, for 20 and 200 pairs of a kernel with 2,000 and 10,000 rows, the width was within 7 % of the best one where K
-    is kept. From factors, where a column costs the same in any block, half of it was up to 11 % faster at 200 pairs.
+    A search should not depend on which engine won on predicted seconds, so ``kappa`` is one number for all. On one CPU
+    thread, for 20 and 200 pairs of kernels with 2,000 and 10,000 rows, the width was within 4 % of the best of 8 to 64
+    where K is kept. From factors, where a column costs the same in any block, half of it took 6 to 11 % less at 200.
     """
     best = math.sqrt(0.35 * num_wanted * kappa)
     nearest = 2.0 ** round(math.log2(max(best, _NARROWEST)))
