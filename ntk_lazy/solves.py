@@ -118,11 +118,11 @@ class PredictedSolve:
         """Run conjugate gradients on a diagonal matrix with a spectrum, in the arithmetic of a dtype.
 
         Rounding is a part of it: directions of large eigenvalues come back when orthogonality to them is lost, and
-        float32 takes up to three times the iterations of exact arithmetic. How often they do is a matter of the
-        eigenvalues alone. The right-hand side has equal parts in all directions.
+        float32 took up to four times the iterations of float64. How often they do is a matter of the eigenvalues
+        alone. The right-hand side has equal parts in all directions.
 
-        On six networks, with noise of 1e-4 to 1 of the mean diagonal and in both dtypes, the count was within a factor
-        of 1.5 of the measured one, wherever ten iterations or more were needed.
+        A prediction and not a bound: on four MLPs and a CNN with 700 and 2,000 rows, noise of 1e-4 to 1 of the mean
+        diagonal, ``rtol = 1e-2``, random right-hand sides and both dtypes it was 0.74 to 1.5 times the measured count.
 
         Source: Greenbaum, Behavior of slightly perturbed Lanczos and conjugate-gradient recurrences (Linear Algebra
             Appl. 113, 1989). The bound: Saad, Iterative Methods for Sparse Linear Systems (2003), equation 6.128, from
