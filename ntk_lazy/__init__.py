@@ -30,6 +30,7 @@ from ntk_lazy.operator import NTKLinearOperator
 from ntk_lazy.plan import Plan
 from ntk_lazy.probes import Probes
 from ntk_lazy.records import SpectrumRecord
+from ntk_lazy.solves import Solve
 from ntk_lazy.tracker import LogSpaced, SpectrumTracker
 
 __all__ = [
@@ -51,6 +52,7 @@ __all__ = [
     "Plan",
     "Probes",
     "ShapeError",
+    "Solve",
     "SpectrumRecord",
     "SpectrumTracker",
     "UnsupportedModuleError",

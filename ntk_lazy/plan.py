@@ -19,9 +19,11 @@ from ntk_lazy.engines.planned import Alternative, PlannedEngine
 from ntk_lazy.errors import ArgumentError
 from ntk_lazy.model import FunctionalModel
 from ntk_lazy.outputs import OutputLayout
+from ntk_lazy.solves import PredictedSolve
 
 EngineName: TypeAlias = Literal["auto", "autodiff", "factors", "gram"]
 
+_INDENT = " " * 11
 _SHOWN = 5  # parameters without factors that an explanation names
 
 
@@ -84,11 +86,52 @@ class EngineSettings:
                 self._running.remove(engine)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What a product with ``num_columns`` columns will do; printing it explains it.
+@dataclass(frozen=True)
+class Job:
+    """What is planned for: products in a row, during which parameters stay as they are.
 
     Attributes:
+        num_columns: Columns of each product.
+        num_products: How many.
+        eigenpairs: Pairs of the search that asks for them, or None.
+        solve: The solve that asks for them, or None.
+    """
+
+    num_columns: int
+    num_products: int
+    eigenpairs: int | None = None
+    solve: PredictedSolve | None = None
+
+    @property
+    def total_columns(self) -> int:
+        """Columns of all products."""
+        return self.num_columns * self.num_products
+
+    def __str__(self) -> str:
+        each = f"{_counted(self.num_columns, 'column')}{' each' if self.num_products > 1 else ''}"
+        products = f"{_counted(self.num_products, 'product')} of {each}"
+        if self.eigenpairs is not None:
+            return f"eigsh(K, {self.eigenpairs}): about {products}"
+        # What eigsh does by itself.
+        within = f"within K.linearised({self.total_columns})"
+        if self.solve is None:
+            return f"{products}, {within}" if self.num_products > 1 else products
+        asked = self.solve.job
+        right = _counted(asked.right_hand_sides, "right-hand side")
+        made = f" and a preconditioner of rank {asked.rank:,}" if asked.rank else ""
+        steps = f"{_counted(self.solve.iterations, 'iteration')} of conjugate gradients"
+        return (
+            f"(K + {asked.noise:g} I) X = B, {right}, rtol = {asked.rtol:g}: about {products}, {within}\n"
+            f"{_INDENT}{steps}{made}; condition number about {_rounded(self.solve.condition)}, from a sample of rows"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a job will do and take; printing it explains it.
+
+    Attributes:
+        job: The products that the plan is for.
         shape: Shape of K.
         num_examples: N on the side of the rows and on that of the columns.
         layout: Which rows of K the outputs make.
@@ -96,14 +139,14 @@ class Plan:
         dtype: Of K.
         device: Of K.
         preflight: What the check of the model found.
-        num_columns: Columns of a product that the plan is for.
-        num_products: Products in a row, of the same kernel.
         engine: The engine that multiplies.
+        why: Why this one, in a line.
         alternatives: What each engine would take, the chosen one first; none where the user chose.
         chunks: Examples and columns at once, and the bytes that they hold.
         memory_budget: Bytes allowed.
     """
 
+    job: Job
     shape: tuple[int, ...]
     num_examples: tuple[int, int]
     layout: OutputLayout
@@ -111,9 +154,8 @@ class Plan:
     dtype: torch.dtype
     device: torch.device
     preflight: Preflight
-    num_columns: int
-    num_products: int
     engine: str
+    why: str
     alternatives: tuple[Alternative, ...]
     chunks: Chunks
     memory_budget: int
@@ -123,24 +165,26 @@ class Plan:
         cls,
         engine: Engine,
         settings: EngineSettings,
+        job: Job,
         *,
         shape: tuple[int, ...],
         num_examples: tuple[int, int],
         is_symmetric: bool,
         preflight: Preflight,
-        num_columns: int,
-        num_products: int,
     ) -> Self:
-        """Plan ``num_products`` products with ``num_columns`` columns for an engine that was built."""
+        """Plan a job for an engine that was built."""
         name: str = settings.engine
         alternatives: tuple[Alternative, ...] = ()
+        why = "chosen by you; engine='auto' ranks all of them"
+        model = engine.model
         if isinstance(engine, PlannedEngine):
             alternatives = engine.alternatives(
-                num_examples, is_symmetric=is_symmetric, columns=num_columns, calls=num_products
+                num_examples, is_symmetric=is_symmetric, columns=job.num_columns, calls=job.num_products
             )
+            why = _reason(alternatives, job, prod(shape[-2:]) * model.dtype.itemsize)
             name, engine = alternatives[0].engine, engine.choice(alternatives[0].engine)
-        model = engine.model
         return cls(
+            job=job,
             shape=shape,
             num_examples=num_examples,
             layout=engine.layout,
@@ -148,13 +192,27 @@ class Plan:
             dtype=model.dtype,
             device=model.device,
             preflight=preflight,
-            num_columns=num_columns,
-            num_products=num_products,
             engine=name,
+            why=why,
             alternatives=alternatives,
-            chunks=engine.chunks(max(num_examples), num_columns),
+            chunks=engine.chunks(max(num_examples), job.num_columns),
             memory_budget=settings.memory_budget,
         )
+
+    @property
+    def num_columns(self) -> int:
+        """Columns of a product."""
+        return self.job.num_columns
+
+    @property
+    def num_products(self) -> int:
+        """Products in a row, of the same kernel."""
+        return self.job.num_products
+
+    @property
+    def predicted_seconds(self) -> float | None:
+        """Of the whole job; None where the user chose the engine."""
+        return self.alternatives[0].seconds if self.alternatives else None
 
     @property
     def predicted_bytes(self) -> int:
@@ -163,7 +221,7 @@ class Plan:
 
     @property
     def predicted_flops(self) -> float:
-        """``12 N P`` for each column and pass by automatic differentiation, ``4 N P`` by factors.
+        """Of one product: ``12 N P`` for each column and pass by automatic differentiation, ``4 N P`` by factors.
 
         Exact for dense layers, a lower bound where parameters are shared. With K kept, ``2 n1 n2``.
         """
@@ -185,31 +243,67 @@ class Plan:
     def __str__(self) -> str:
         shape = " x ".join(f"{size:,}" for size in self.shape)
         examples = " and ".join(f"{n:,}" for n in dict.fromkeys(self.num_examples))
-        job = f"{self.num_columns:,} columns" + (f", {self.num_products:,} times" if self.num_products > 1 else "")
-        uncovered = self.preflight.coverage.uncovered
-        covered = sum(cost.num_params for cost in self.preflight.coverage.costs.values())
+        columns = "1 column" if self.num_columns == 1 else f"{self.chunks.columns:,} of {self.num_columns:,} columns"
         lines = [
             f"NTK {shape}, {self.dtype}, on {self.device}",
             f"  rows     N = {examples} examples, C = {self.layout.num_outputs} outputs ({self.layout.mode!r}), "
             f"P = {self.num_params:,} parameters",
-            f"  engine   {self.engine}, for {job}",
-            f"  chunks   {self.chunks.examples:,} examples x {self.chunks.columns:,} of {self.num_columns:,} columns",
+            f"  job      {self.job}",
+            f"  engine   {self.engine}: {self.why}",
+            *self._table(),
+            f"  chunks   {self.chunks.examples:,} examples x {columns} at a time",
             f"  memory   {_size(self.predicted_bytes)} predicted, {_size(self.memory_budget)} allowed; "
             f"K written down would take {_size(self.dense_bytes)}",
-            f"  work     about {self.predicted_flops:.2g} flop for {self.num_columns:,} columns",
-            f"  factors  for {covered:,} of {self.num_params:,} parameters; automatic differentiation is "
-            f"{self.preflight.derivatives.mode}",
+            f"  work     about {self.predicted_flops:.2g} flop for each product",
+            *self._coverage_lines(),
         ]
-        for name, reason in list(uncovered.items())[:_SHOWN]:
-            lines.append(f"           {name}: {reason}")
-        if len(uncovered) > _SHOWN:
-            lines.append(f"           and {len(uncovered) - _SHOWN} more parameters without factors")
-        for i, way in enumerate(self.alternatives):
-            held = "over the budget" if way.num_bytes is None else _size(way.num_bytes)
-            head = "  predict  " if i == 0 else "           "
-            lines.append(f"{head}{way.engine:<9}{way.seconds:9.3g} s  {held:>15}  {way.how}")
         note = self.preflight.derivatives.note
         return "\n".join([*lines, f"  note     {note}"] if note else lines)
+
+    def _table(self) -> list[str]:
+        if not self.alternatives:
+            return []
+        lines = [f"  predict  {'engine':<8}  {'seconds':>9}  {'memory':>15}"]
+        for way in self.alternatives:
+            held = "over the budget" if way.num_bytes is None else _size(way.num_bytes)
+            lines.append(f"{_INDENT}{way.engine:<8}  {_rounded(way.seconds):>9}  {held:>15}  {way.how}")
+        return lines
+
+    def _coverage_lines(self) -> list[str]:
+        uncovered = list(self.preflight.coverage.uncovered.items())
+        covered = sum(cost.num_params for cost in self.preflight.coverage.costs.values())
+        lines = [
+            f"  factors  for {covered:,} of {self.num_params:,} parameters; automatic differentiation is "
+            f"{self.preflight.derivatives.mode}"
+        ]
+        lines += [f"{_INDENT}{name}: {reason}" for name, reason in uncovered[:_SHOWN]]
+        if len(uncovered) > _SHOWN:
+            lines.append(f"{_INDENT}and {len(uncovered) - _SHOWN} more parameters without factors")
+        return lines
+
+
+def _reason(alternatives: tuple[Alternative, ...], job: Job, dense_bytes: int) -> str:
+    """Say why the first alternative was chosen: what it saves, and whether K is worth writing down."""
+    best, *others = alternatives
+    rivals = [way for way in others if way.num_bytes is not None]
+    if rivals:
+        lead = f"{rivals[0].seconds / best.seconds:.2g} times as fast as {rivals[0].engine}"
+    else:
+        lead = "the only one that fits the budget" if others else "the only one for this model"
+    columns, many = _counted(job.total_columns, "column"), job.total_columns > 1
+    if best.engine == "gram":
+        return f"{lead}; K fits ({_size(dense_bytes)}), and {columns} pay{'' if many else 's'} for writing it down"
+    if not any(way.engine == "gram" for way in rivals):
+        return f"{lead}; K ({_size(dense_bytes)}) is more than may be kept"
+    return f"{lead}; {columns} {'do' if many else 'does'} not pay for writing K down ({_size(dense_bytes)})"
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _rounded(number: float) -> str:
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def _size(count: float) -> str:

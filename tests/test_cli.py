@@ -185,6 +185,11 @@ WRONG = {
     "a report of nothing": (["report", "nowhere"], "nowhere"),
     "a report of something else": (["report", "full"], "not the folder of a study"),
     "explaining no columns": (["explain", "--model", "mynet:build", "--data", "x.npy", "-k", "0"], "-k"),
+    "explaining no noise": (["explain", "--model", "mynet:build", "--data", "x.npy", "--noise", "0"], "noise"),
+    "explaining a tolerance of no solve": (
+        ["explain", "--model", "mynet:build", "--data", "x.npy", "--rtol", "0.1"],
+        "--noise",
+    ),
     "explaining no pairs": (["explain", "--model", "mynet:build", "--data", "x.npy", "--pairs", "0"], "eigenpairs"),
 }
 
@@ -335,7 +340,10 @@ def test_explain_says_what_a_product_would_take_and_multiplies_nothing(workplace
     assert "P = 98" in out
     assert "20 columns" in out
     assert main(["explain", "--model", "mynet:build", "--data", "x.npy", "--pairs", "10"]) == 0
-    assert "8 columns, 8 times" in capsys.readouterr().out
+    assert "eigsh(K, 10): about 1 product of 60 columns" in capsys.readouterr().out
+    solve = ["--noise", "0.1", "--rank", "5", "-k", "2"]
+    assert main(["explain", "--model", "mynet:build", "--data", "x.npy", *solve]) == 0
+    assert "(K + 0.1 I) X = B, 2 right-hand sides, rtol = 0.01" in capsys.readouterr().out
 
 
 def test_doctor_calls_a_model_ready_or_names_the_problem(workplace, capsys):

@@ -21,6 +21,7 @@ from ntk_lazy.kernel import ntk
 from ntk_lazy.operator import NTKLinearOperator
 from ntk_lazy.outputs import OutputMode
 from ntk_lazy.records import SpectrumRecord
+from ntk_lazy.solves import Solve
 from ntk_lazy.study.config import check_seed
 from ntk_lazy.tracker import SpectrumTracker
 
@@ -51,6 +52,8 @@ example:
       engine, chunks, predicted bytes and flops of a product with 200 columns; nothing is multiplied
   ntk-lazy explain --model mynet:build --data x.npy --pairs 200
       the same for all products of a search for 200 eigenpairs
+  ntk-lazy explain --model mynet:build --data x.npy --noise 0.1
+      the same for a solve with K + 0.1 I by conjugate gradients, whose iterations are predicted from 512 rows of K
 {_MODEL_NOTE}"""
 _DOCTOR_EXAMPLE = f"""\
 example:
@@ -74,6 +77,9 @@ def add_to(commands: Any) -> None:
     explain = _add(commands, "explain", "say how a product would be computed", _EXPLAIN_EXAMPLE)
     explain.add_argument("-k", type=int, default=1, metavar="K", help="columns of the product (default: 1)")
     explain.add_argument("--pairs", type=int, metavar="K", help="plan for the search for K eigenpairs instead")
+    explain.add_argument("--noise", type=float, metavar="S", help="plan for (K + S I) X = B with -k right-hand sides")
+    explain.add_argument("--rtol", type=float, help="residual of that solve, relative to B (default: 0.01)")
+    explain.add_argument("--rank", type=int, help="of a Nyström preconditioner of that solve (default: 0, none)")
     _add_kernel_options(explain)
     explain.set_defaults(run=_explain)
     _add(commands, "doctor", "say whether a model has a kernel", _DOCTOR_EXAMPLE).set_defaults(run=_doctor)
@@ -212,12 +218,22 @@ def _print_record(record: SpectrumRecord, out: Path) -> None:
 
 
 def _explain(arguments: argparse.Namespace) -> int:
-    model, data = _load(arguments)
     if arguments.k < 1:
         raise ArgumentError(f"-k must be at least 1, not {arguments.k}.")
+    solve = _solve(arguments)
+    model, data = _load(arguments)
     kernel = _kernel(arguments, model, data)
-    sys.stdout.write(f"{kernel.explain(arguments.k, eigenpairs=arguments.pairs)}\n")
+    sys.stdout.write(f"{kernel.explain(arguments.k, eigenpairs=arguments.pairs, solve=solve)}\n")
     return 0
+
+
+def _solve(arguments: argparse.Namespace) -> Solve | None:
+    options = {name: value for name in ("rtol", "rank") if (value := getattr(arguments, name)) is not None}
+    if arguments.noise is not None:
+        return Solve(noise=arguments.noise, right_hand_sides=arguments.k, **options)
+    if options:
+        raise ArgumentError(f"--{next(iter(options))} is an option of a solve: give --noise too.")
+    return None
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import time
 
-from ntk_lazy.counts import TYPICAL_KAPPA, WIDEST, derived_block_size, start_width
+from ntk_lazy.counts import DENSE_WIDTH, TYPICAL_KAPPA, WIDEST, derived_block_size, start_width
 from ntk_lazy.eigen.options import LOBPCG, Dense, Solver
 from ntk_lazy.eigen.product import Product
 from ntk_lazy.eigen.random_columns import RandomColumns
 
-_DENSE_WIDTH = 256
 _TIMED_COLUMNS = 8
 
 
@@ -25,7 +24,7 @@ def block_size(
     """
     n = product.rows.total
     if isinstance(solver, Dense):
-        width = min(n, solver.block_size or _DENSE_WIDTH)
+        width = min(n, solver.block_size or DENSE_WIDTH)
         return width, width
     if isinstance(solver, LOBPCG):
         guards = max(num_wanted // 4, num_outputs + 2) if solver.num_guards is None else solver.num_guards

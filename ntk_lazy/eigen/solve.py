@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 from torch import Tensor
 
-from ntk_lazy.counts import NUM_FRESH, typical_products
+from ntk_lazy.counts import NUM_FRESH, prefers_dense, typical_products
 from ntk_lazy.eigen.arguments import (
     as_seed,
     as_tolerance,
@@ -35,10 +35,8 @@ from ntk_lazy.eigen.verify import Verify
 from ntk_lazy.errors import ArgumentError, NotConvergedError
 from ntk_lazy.precision import ieee_precision
 
-_SMALL = 256  # rows at which LAPACK beats any iteration
 _HOPELESS = 20  # times what a search usually takes
 _CHECKS = 64  # products that certification may add to those of a dense matrix, and then some
-_LARGEST_DENSE = 20_000  # rows; float64 matrix and vectors take 6.4 GB there
 
 
 @ieee_precision()
@@ -100,7 +98,9 @@ def eigsh(  # noqa: PLR0913 - the public signature is fixed by the design
     draw = RandomColumns(operator.rows, seed=seed, dtype=operator.dtype, device=operator.device)
     check_start(start, draw=draw)
     num_outputs = _num_outputs(operator)
-    chosen = _choose(k, n, num_outputs) if solver == "auto" else solver
+    chosen = solver
+    if chosen == "auto":
+        chosen = Dense() if prefers_dense(k, n, num_outputs) else Lanczos()
     expected = n if isinstance(chosen, Dense) else typical_products(k, num_outputs)
     limit = max_products or _generous_limit(chosen, n, expected)
     product = Product(operator, max_products=limit)
@@ -131,12 +131,6 @@ def _num_outputs(operator: SymmetricOperator) -> int:
     """Outputs of the model behind the operator, where it knows: eigenvalues come in clusters of so many."""
     known = getattr(operator, "num_outputs", 1)
     return known if isinstance(known, int) and known > 0 else 1
-
-
-def _choose(k: int, n: int, num_outputs: int) -> Solver:
-    """Pick ``Dense`` where it is no dearer, else ``Lanczos``."""
-    is_dear = typical_products(k, num_outputs) >= n or k > n / 4
-    return Dense() if n <= _SMALL or (is_dear and n <= _LARGEST_DENSE) else Lanczos()
 
 
 def _build(

@@ -98,13 +98,15 @@ class PlannedEngine(Engine):
         if self.factors is not None:
             together = n if cost.is_symmetric else sum(cost.num_examples)
             is_kept, as_rows = self.factors.store.keeps(together), self.factors.store.row_parameters(together)
-            how = "factors kept" if is_kept else "factors made anew for each product"
+            how = "factors of layers, kept" if is_kept else "factors of layers, made anew for each product"
             how += f", {len(as_rows)} parameters as rows of J" if as_rows else ""
             seconds = cost.factors(columns, calls, is_kept=is_kept, as_rows=as_rows)
             found.append(Alternative("factors", seconds, self._held(self.factors, n, columns), how))
         if self.gram_engine.fits(*cost.num_examples):
             seconds = cost.gram() + cost.kept_products(columns, calls)
-            found.append(Alternative("gram", seconds, self._held(self.gram_engine, n, columns), "K kept"))
+            found.append(
+                Alternative("gram", seconds, self._held(self.gram_engine, n, columns), "K written down once and kept")
+            )
         return found
 
     def _cost(self, num_examples: tuple[int, int], is_symmetric: bool) -> CostModel:

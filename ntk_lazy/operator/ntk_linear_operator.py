@@ -14,12 +14,12 @@ from linear_operator.operators import LinearOperator
 from torch import Tensor
 from typing_extensions import override
 
-from ntk_lazy.counts import check_count, typical_calls
 from ntk_lazy.engines.contract import X1, X2, Preflight
 from ntk_lazy.errors import BudgetError, ShapeError
 from ntk_lazy.model import FunctionalModel, ModelCall
 from ntk_lazy.operator.gramian import Gramian
 from ntk_lazy.operator.indices import backward_slices, is_everything, is_same_index, plain_indices
+from ntk_lazy.operator.job import job_of
 from ntk_lazy.operator.readout import read_entries, write_down
 from ntk_lazy.operator.side import Side
 from ntk_lazy.outputs import OutputLayout
@@ -27,6 +27,7 @@ from ntk_lazy.plan import EngineSettings, Plan
 from ntk_lazy.probes import Probes
 from ntk_lazy.rows import Rows
 from ntk_lazy.shapes import Block, ParameterBlock, SmallMatrix
+from ntk_lazy.solves import Solve
 
 _PARAM, _CONSTANT, _BUFFER = "p.", "c.", "b."
 
@@ -159,35 +160,36 @@ class NTKLinearOperator(LinearOperator):  # type: ignore[misc]  # linear_operato
         """The rows of a long vector that this process holds: all of them."""
         return Rows(self._gramian.side1.num_rows)
 
-    def explain(self, num_columns: int = 1, num_products: int = 1, *, eigenpairs: int | None = None) -> Plan:
+    def explain(
+        self, num_columns: int = 1, num_products: int = 1, *, eigenpairs: int | None = None, solve: Solve | None = None
+    ) -> Plan:
         """Say what products will do, before they run.
 
         Args:
             num_columns: Columns of one product.
-            num_products: Products in a row, during which parameters stay as they are.
+            num_products: Products in a row, within ``linearised``, during which parameters stay as they are.
             eigenpairs: Plan for ``eigsh(K, eigenpairs)`` instead: about ``1.75 k / b + 5`` products of b columns.
+            solve: Plan for a solve by conjugate gradients instead, such as ``Solve(noise=0.1)``.
 
         Returns:
             The plan: engine, chunks, predicted bytes, flops and seconds; ``print`` it.
 
+        Cost: two rates of the machine are measured, once. Nothing is multiplied, except that for ``solve`` the kernel
+            between 512 of the rows is written down.
+
         Raises:
             BudgetError: Not even one example and one column fit the memory budget.
-            ArgumentError: A number of columns, products or pairs below 1.
+            ArgumentError: A number below 1, more pairs than rows, both jobs at once, or one of them for a kernel that
+                is not square, is batched or has a negative scale.
         """
-        check_count(num_columns, "num_columns")
-        check_count(num_products, "num_products")
-        if eigenpairs is not None:
-            check_count(eigenpairs, "eigenpairs")
-            num_columns, num_products = typical_calls(eigenpairs, self._layout.rows_per_example)
         return Plan.of(
             self._gramian.engine,
             self._settings,
+            job_of(self, num_columns, num_products, eigenpairs, solve),
             shape=tuple(self.shape),
             num_examples=(self._gramian.side1.num_examples, self._gramian.columns.num_examples),
             is_symmetric=self.is_symmetric,
             preflight=self._preflight,
-            num_columns=num_columns,
-            num_products=num_products,
         )
 
     def linearised(self, num_columns: int = 1) -> AbstractContextManager[None]:
