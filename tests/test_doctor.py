@@ -133,7 +133,7 @@ def test_padding_of_a_functional_embedding_is_noticed_without_a_padded_example()
             return F.embedding(tokens, self.table, padding_idx=0).flatten(1)
 
     found = check(nl.FunctionalModel.from_module(Padded()), torch.randint(1, 7, (4, 5)))
-    assert found.mode == "double-reverse"
+    assert found.derivatives.mode == "double-reverse"
     assert "padding_idx" in found.derivatives.note
 
 
