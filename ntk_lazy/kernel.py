@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from ntk_lazy.engines.chunks import parse_budget
 from ntk_lazy.engines.forward_pass import ForwardPass
 from ntk_lazy.engines.preflight import check
+from ntk_lazy.engines.scratch import Scratch
 from ntk_lazy.engines.suspects import TRANSFORM_ERRORS
 from ntk_lazy.errors import ArgumentError, NTKLazyError, ShapeError
 from ntk_lazy.model import (
@@ -46,6 +48,7 @@ def ntk(  # noqa: PLR0913  (the front door: each option is one word)
     memory_budget: int | float | str | None = None,
     max_dense_bytes: int | None = None,
     chunk_size: int | None = None,
+    scratch: str | os.PathLike[str] | None = None,
     input_dims: int | None = None,
 ) -> NTKLinearOperator:
     """Take the empirical neural tangent kernel ``K = J1 J2ᵀ`` of a model without writing it down.
@@ -68,6 +71,9 @@ def ntk(  # noqa: PLR0913  (the front door: each option is one word)
             what is free.
         max_dense_bytes: The largest K that ``to_dense()`` may write down; None for the memory budget.
         chunk_size: Examples that go through the model at once; None derives it from the budget.
+        scratch: A folder on a local disk. What products have in common and does not fit the budget, the factors of
+            layers or K itself (up to ``max_dense_bytes``), is kept there in memory-mapped files, which are gone with
+            it; None to make it anew for each product. For products on the CPU.
         input_dims: Trailing dimensions of one example; None for all but the first. With it, leading dimensions are
             batches of kernels.
 
@@ -81,7 +87,7 @@ def ntk(  # noqa: PLR0913  (the front door: each option is one word)
         NonFiniteError: A NaN or an infinity in inputs, parameters, outputs or gradients.
         ShapeError: Inputs or outputs whose first dimension is not the examples, inputs on another device, or of a dtype
             that the model cannot take.
-        ArgumentError: No such parameter, output, engine or budget.
+        ArgumentError: No such parameter, output, engine, budget or scratch folder.
 
     Source: Jacot, Gabriel, Hongler, Neural Tangent Kernel (2018); row order and modes as in
         Kopitkov and Indelman, arXiv 1910.08720, and Mohamadi et al., arXiv 2206.12543.
@@ -105,6 +111,7 @@ def ntk(  # noqa: PLR0913  (the front door: each option is one word)
         memory_budget=budget,
         max_dense_bytes=budget if max_dense_bytes is None else max_dense_bytes,
         chunk_size=chunk_size,
+        scratch=None if scratch is None else Scratch.at(scratch, functional.device),
     )
     sides = [
         None if each is None else Side(each.inputs, None, each.input_dims, layout.rows_per_example)

@@ -16,6 +16,7 @@ from ntk_lazy.engines.contract import Engine, Preflight
 from ntk_lazy.engines.factors import FactorEngine
 from ntk_lazy.engines.gram import GramEngine
 from ntk_lazy.engines.planned import Alternative, PlannedEngine
+from ntk_lazy.engines.scratch import Scratch
 from ntk_lazy.errors import ArgumentError
 from ntk_lazy.model import FunctionalModel
 from ntk_lazy.outputs import OutputLayout
@@ -36,12 +37,14 @@ class EngineSettings:
         memory_budget: Bytes that a product may hold beside its operands and its result.
         max_dense_bytes: The largest K that may be written down.
         chunk_size: Examples in a chunk, or None to derive it from the budget.
+        scratch: Where what is kept goes that does not fit the budget, or None.
     """
 
     engine: EngineName
     memory_budget: int
     max_dense_bytes: int
     chunk_size: int | None
+    scratch: Scratch | None = None
     _running: list[Engine] = field(default_factory=list, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -62,15 +65,25 @@ class EngineSettings:
         budget, limit, size = self.memory_budget, self.max_dense_bytes, self.chunk_size
         if self.engine == "auto":
             return PlannedEngine(
-                model, layout, preflight=preflight, budget=budget, max_dense_bytes=limit, chunk_size=size
+                model,
+                layout,
+                preflight=preflight,
+                budget=budget,
+                max_dense_bytes=limit,
+                chunk_size=size,
+                scratch=self.scratch,
             )
         if self.engine == "autodiff":
             return AutodiffEngine(model, layout, preflight=preflight, budget=budget, chunk_size=size)
         if self.engine == "factors":
-            return FactorEngine(model, layout, preflight=preflight, budget=budget, chunk_size=size)
+            return FactorEngine(
+                model, layout, preflight=preflight, budget=budget, chunk_size=size, scratch=self.scratch
+            )
         # One half of the budget for K, the other for what it is made of.
-        tiles = FactorEngine(model, layout, preflight=preflight, budget=budget // 2, chunk_size=size)
-        return GramEngine(tiles, budget=budget // 2, max_dense_bytes=limit)
+        tiles = FactorEngine(
+            model, layout, preflight=preflight, budget=budget // 2, chunk_size=size, scratch=self.scratch
+        )
+        return GramEngine(tiles, budget=budget // 2, max_dense_bytes=limit, scratch=self.scratch)
 
     @contextmanager
     def running(self, engine: Engine, num_columns: int) -> Iterator[None]:

@@ -20,6 +20,7 @@ from ntk_lazy.dynamics import LossReduction, stability
 from ntk_lazy.eigen import EigenResult, Solver, SolveState, eigsh
 from ntk_lazy.eigen.arguments import as_seed, as_tolerance, check_progress, check_solver
 from ntk_lazy.engines.chunks import parse_budget
+from ntk_lazy.engines.scratch import Scratch
 from ntk_lazy.errors import (
     ArgumentError,
     BudgetError,
@@ -102,6 +103,7 @@ class SpectrumTracker:
         outputs: Which outputs make up the rows, as in ``ntk``.
         output_fn: As in ``ntk``.
         memory_budget: As in ``ntk``.
+        scratch: As in ``ntk``.
         solver: As in ``eigsh``.
         rtol: As in ``eigsh``.
         seed: Of the solver.
@@ -119,6 +121,7 @@ class SpectrumTracker:
     outputs: OutputMode = "full"
     output_fn: OutputFunction | None = None
     memory_budget: int | str | None = None
+    scratch: Path | str | None = None
     solver: Solver | Literal["auto"] = "auto"
     rtol: float = 1e-3
     seed: int = 0
@@ -141,6 +144,8 @@ class SpectrumTracker:
         check_progress(self.progress)
         self.probes = Probes.of(self.probes)
         parse_budget(self.memory_budget, self.probes.inputs.device)
+        if self.scratch is not None:
+            Scratch.at(self.scratch, self.probes.inputs.device)
         self._fingerprint = self.probes.fingerprint()
         if self.folder is not None:
             self.folder = Path(self.folder)
@@ -215,6 +220,7 @@ class SpectrumTracker:
             outputs=self.outputs,
             output_fn=self.output_fn,
             memory_budget=self.memory_budget,
+            scratch=self.scratch,
         )
 
     def _check_target(self, K: NTKLinearOperator, target: Tensor | None) -> None:

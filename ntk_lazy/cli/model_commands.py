@@ -104,6 +104,7 @@ def _add(commands: Any, name: str, help_text: str, example: str) -> argparse.Arg
 def _add_kernel_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--outputs", default="full", help="full, trace, sum or the index of one output (default: full)")
     parser.add_argument("--memory-budget", metavar="BYTES", help="such as 4GB; default: a quarter of what is free")
+    parser.add_argument("--scratch", metavar="DIR", help="folder for factors that do not fit the memory budget")
 
 
 def _load(arguments: argparse.Namespace) -> tuple[nn.Module, Tensor]:
@@ -153,6 +154,7 @@ def _kernel(arguments: argparse.Namespace, model: nn.Module, data: Tensor) -> NT
         params=arguments.params,
         outputs=_outputs(arguments.outputs),
         memory_budget=arguments.memory_budget,
+        scratch=arguments.scratch,
     )
 
 
@@ -170,6 +172,7 @@ def _record_into(
             params=arguments.params,
             outputs=_outputs(arguments.outputs),
             memory_budget=arguments.memory_budget,
+            scratch=arguments.scratch,
             solver=_SOLVERS[arguments.solver],
             rtol=arguments.rtol,
             seed=arguments.seed,

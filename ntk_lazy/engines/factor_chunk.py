@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from math import prod
 from typing import TypeAlias, final
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor
 from ntk_lazy.engines.uses import Use
 
 # For each pass and parameter how it is used, and for each factor the first one that is the same numbers.
+Allocator: TypeAlias = Callable[[tuple[int, ...], torch.dtype], Tensor]
 Structure: TypeAlias = tuple[list[dict[str, list[tuple[object, ...]]]], list[int]]
 
 
@@ -34,7 +37,7 @@ class Chunk:
         return self.examples.stop - self.examples.start
 
 
-def join(chunks: Iterable[Chunk], num_examples: int) -> list[Chunk]:
+def join(chunks: Iterable[Chunk], num_examples: int, allocate: Allocator | None = None) -> list[Chunk]:
     """Copy successive chunks that use their parameters alike into one, as they come.
 
     Blocks for all examples are as large as what they hold. Chunk by chunk, what stays would lie between what goes,
@@ -43,17 +46,18 @@ def join(chunks: Iterable[Chunk], num_examples: int) -> list[Chunk]:
     Args:
         chunks: In the order of their examples.
         num_examples: Of all of them together.
+        allocate: Makes the blocks, from shape and dtype; None for memory on the device of the factors.
 
     Returns:
         One chunk for most models; more where a model takes another way for some examples.
     """
     runs: list[_Run] = []
     for chunk in chunks:
-        if not runs and chunk.num_examples == num_examples:
+        if not runs and chunk.num_examples == num_examples and allocate is None:
             return [chunk]
         structure = _structure(chunk)
         if not runs or runs[-1].structure != structure:
-            runs.append(_Run(chunk, structure, num_examples - chunk.examples.start))
+            runs.append(_Run(chunk, structure, num_examples - chunk.examples.start, allocate))
         runs[-1].add(chunk)
         del chunk  # before the next one is made
     return [run.whole() for run in runs]
@@ -67,18 +71,19 @@ class _Run:
         structure: How they use their parameters.
     """
 
-    def __init__(self, first: Chunk, structure: Structure, capacity: int) -> None:
+    def __init__(self, first: Chunk, structure: Structure, capacity: int, allocate: Allocator | None) -> None:
         self.structure = structure
         self._begin = self._end = first.examples.start
         self._empty = [
             {name: [use.with_factors(*_emptied(use.factors)) for use in found] for name, found in uses.items()}
             for uses in first.uses
         ]
-        factors = list(_factors(first))
-        self._blocks = {
-            own: factors[own].new_empty(capacity, *factors[own].shape[1:]).flatten(1)
-            for own in sorted(set(structure[1]))
-        }
+        self._blocks = {}
+        for number, factor in enumerate(_factors(first)):
+            if structure[1][number] == number:
+                shape = (capacity, prod(factor.shape[1:]))
+                make = allocate or partial(_on_device, factor.device)
+                self._blocks[number] = make(shape, factor.dtype)
 
     def add(self, chunk: Chunk) -> None:
         """Put a chunk behind the others."""
@@ -116,6 +121,10 @@ def _memory(factor: Tensor) -> tuple[object, ...]:
     """What two views of the same numbers in the same order have in common: a weight and its bias share gradients."""
     dims = [(size, stride) for size, stride in zip(factor.shape, factor.stride(), strict=True) if size != 1]
     return factor.data_ptr(), factor.dtype, tuple(dims)
+
+
+def _on_device(device: torch.device, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=device)
 
 
 def _factors(chunk: Chunk) -> Iterator[Tensor]:

@@ -14,11 +14,13 @@ from ntk_lazy.engines.chunks import is_same_view, require, slack, slices, workin
 from ntk_lazy.engines.contract import Preflight
 from ntk_lazy.engines.coverage import Coverage
 from ntk_lazy.engines.factor_chunk import Chunk, join
+from ntk_lazy.engines.scratch import Scratch
 from ntk_lazy.engines.uses import Rows, Use, relabelled
 from ntk_lazy.model import FunctionalModel
 from ntk_lazy.outputs import OutputLayout
 
 _KEPT_SHARE = 0.5  # of the budget: factors that stay while a product, or a series of them, runs
+_ANY_NUMBER = 1 << 62
 _PASS_SHARE = 0.25  # of the budget: a forward and a backward pass
 
 
@@ -61,6 +63,7 @@ class FactorStore:
 
     Attributes:
         budget: Bytes; half of them are for what is held.
+        scratch: Where it is held if that is not enough, or None.
     """
 
     def __init__(
@@ -72,10 +75,12 @@ class FactorStore:
         preflight: Preflight,
         budget: int,
         chunk_size: int | None,
+        scratch: Scratch | None = None,
     ) -> None:
         self.model, self.layout = model, layout
         self.preflight, self.coverage = preflight, coverage
         self.budget, self._asked_size = budget, chunk_size
+        self.scratch = scratch
         # With the inputs: while these are held, no others can lie at the address that stands in the key.
         self._kept: dict[tuple[object, ...], tuple[Tensor, list[Chunk]]] | None = None
 
@@ -98,9 +103,13 @@ class FactorStore:
         factors = sum(c.source_bytes + q * c.gradient_bytes for c in self.coverage.costs.values())
         return factors + sum(self._extra_bytes(name) for name in self._compact)
 
+    def fits(self, num_examples: int) -> bool:
+        """Whether there is memory to hold the factors of so many examples."""
+        return num_examples * self.bytes_per_example <= self.budget * _KEPT_SHARE
+
     def keeps(self, num_examples: int) -> bool:
         """Whether the factors of so many examples are held between products, and between the halves of one."""
-        return num_examples * self.bytes_per_example <= self.budget * _KEPT_SHARE
+        return self.scratch is not None or self.fits(num_examples)
 
     def row_parameters(self, num_examples: int) -> frozenset[str]:
         """Parameters whose rows of J are held in place of their factors, as far as there is room for them.
@@ -118,13 +127,15 @@ class FactorStore:
 
     def kept_bytes(self, num_examples: int) -> int:
         """Bytes that are held while a product runs."""
-        if not self.keeps(num_examples):
+        if not self.fits(num_examples):
             return self.chunk_size(num_examples) * self.bytes_per_example
         extra = sum(self._extra_bytes(name) for name in self.row_parameters(num_examples) - self._compact)
         return num_examples * (self.bytes_per_example + extra)
 
     def half_size(self) -> int:
         """Examples of one of two sets whose factors are held together."""
+        if self.scratch is not None:
+            return _ANY_NUMBER
         return max(1, int(self.budget * _KEPT_SHARE / 2) // max(1, self.bytes_per_example))
 
     def transient(self, size: int) -> int:
@@ -156,8 +167,8 @@ class FactorStore:
         is_symmetric = is_same_view(x1, x2)
         together = x1.shape[0] if is_symmetric else x1.shape[0] + x2.shape[0]
         is_held, as_rows = self.keeps(together), self.row_parameters(together)
-        left = self.chunks(x1, is_held=is_held, as_rows=as_rows)
-        right = left if is_symmetric else self.chunks(x2, is_held=is_held, as_rows=as_rows)
+        left = self.chunks(x1, is_held=is_held, as_rows=as_rows, together=together)
+        right = left if is_symmetric else self.chunks(x2, is_held=is_held, as_rows=as_rows, together=together)
         if not is_held:
             yield Group(widths, left, right)
             return
@@ -165,8 +176,15 @@ class FactorStore:
             group = Group({name: width}, left, right)
             yield group.relabelled(name) if is_compact else group
 
-    def chunks(self, x: Tensor, *, is_held: bool, as_rows: frozenset[str] | None = None) -> Chunked:
-        """Go through the factors of all examples, which are held or made anew each time."""
+    def chunks(self, x: Tensor, *, is_held: bool, together: int, as_rows: frozenset[str] | None = None) -> Chunked:
+        """Go through the factors of all examples, which are held or made anew each time.
+
+        Args:
+            x: The examples.
+            is_held: Whether there is room for all, of which kind ever.
+            together: Examples whose factors are held at once.
+            as_rows: Parameters whose rows of J are held instead; None where they are smaller.
+        """
         as_rows = self._compact if as_rows is None else as_rows
         if not is_held:
             return lambda: self.capture(x, as_rows=self._compact)
@@ -176,7 +194,8 @@ class FactorStore:
         else:
             if self._kept is not None:
                 self._kept.clear()
-            held = join(self.capture(x, as_rows=as_rows), x.shape[0])
+            allocate = None if self.scratch is None or self.fits(together) else self.scratch.empty
+            held = join(self.capture(x, as_rows=as_rows), x.shape[0], allocate)
             if self._kept is not None:
                 self._kept[key] = x, held
         return lambda: held

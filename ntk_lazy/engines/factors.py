@@ -19,6 +19,7 @@ from ntk_lazy.engines.coverage import Coverage
 from ntk_lazy.engines.factor_chunk import Chunk
 from ntk_lazy.engines.factor_store import Chunked, FactorStore
 from ntk_lazy.engines.flat import FlatLayout
+from ntk_lazy.engines.scratch import Scratch
 from ntk_lazy.engines.tiles import add_tile, merged_layers, part_of, plain_parameters, row_slices
 from ntk_lazy.engines.uses import Coefficients
 from ntk_lazy.gemm import times_transposed, times_transposed_in_float64
@@ -43,7 +44,14 @@ class FactorEngine(Engine):
     """
 
     def __init__(
-        self, model: FunctionalModel, layout: OutputLayout, *, preflight: Preflight, budget: int, chunk_size: int | None
+        self,
+        model: FunctionalModel,
+        layout: OutputLayout,
+        *,
+        preflight: Preflight,
+        budget: int,
+        chunk_size: int | None,
+        scratch: Scratch | None = None,
     ) -> None:
         super().__init__(model, layout)
         self.model = replace(
@@ -53,7 +61,13 @@ class FactorEngine(Engine):
         self.preflight = preflight
         self.coverage = _coverage(model, layout, preflight, budget)
         self.store = FactorStore(
-            self.model, layout, self.coverage, preflight=preflight, budget=budget, chunk_size=chunk_size
+            self.model,
+            layout,
+            self.coverage,
+            preflight=preflight,
+            budget=budget,
+            chunk_size=chunk_size,
+            scratch=scratch,
         )
         self.flat = FlatLayout.of(model.params)
 
@@ -232,12 +246,17 @@ class FactorEngine(Engine):
     def _add_strip(self, x1: Tensor, x2: Tensor, out: GramMatrix, *, begin: int, size: int) -> None:
         """Add the rows of K of some examples, from the column of an example on, in blocks of so many examples."""
         r = self.layout.rows_per_example
-        left = list(self.store.chunks(x1, is_held=True)())
+        # Two sets of factors are held, of both sides.
+        left = list(self.store.chunks(x1, is_held=True, together=2 * x1.shape[0])())
         right: list[Chunk] = []
         for j in slices(x2.shape[0] - begin, size):
             columns = slice(j.start + begin, j.stop + begin)
             part, right = x2[columns], []  # let go before its successor is made
-            right = left if is_same_view(x1, part) else list(self.store.chunks(part, is_held=True)())
+            right = (
+                left
+                if is_same_view(x1, part)
+                else list(self.store.chunks(part, is_held=True, together=2 * part.shape[0])())
+            )
             for number in range(self.layout.passes):
                 self._add_gram(number, left, right, out[:, _rows(columns, r)])
 

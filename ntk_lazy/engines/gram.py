@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from ntk_lazy.engines.chunks import Chunks, is_same_view, slices
 from ntk_lazy.engines.contract import ColumnsFirst, Engine, ExampleRows, GramMatrix, OtherBlock
+from ntk_lazy.engines.scratch import Scratch
 from ntk_lazy.engines.written import WrittenKernel
 from ntk_lazy.errors import BudgetError
 from ntk_lazy.gemm import times_transposed_in_float64
@@ -29,17 +30,23 @@ class GramEngine(Engine):
     Memory: K, or a strip of its rows, under the budget; and what ``inner`` holds.
     """
 
-    def __init__(self, inner: Engine, *, budget: int, max_dense_bytes: int) -> None:
+    def __init__(self, inner: Engine, *, budget: int, max_dense_bytes: int, scratch: Scratch | None = None) -> None:
         super().__init__(inner.model, inner.layout)
         self.inner = inner
         self.budget = budget
         self.max_dense_bytes = max_dense_bytes
+        self.scratch = scratch
         # With the inputs: while these are held, no others can lie at the addresses that stand in the key.
         self._kept: KeptKernels | None = None
 
     def fits(self, num_examples1: int, num_examples2: int) -> bool:
-        """Whether K may be written down and kept."""
-        return self._bytes(num_examples1, num_examples2) <= min(self.budget, self.max_dense_bytes)
+        """Whether there is memory to write K down, and it is allowed."""
+        return self.num_bytes(num_examples1, num_examples2) <= min(self.budget, self.max_dense_bytes)
+
+    def keeps(self, num_examples1: int, num_examples2: int) -> bool:
+        """Whether K may be written down and kept, in memory or in a file."""
+        is_allowed = self.num_bytes(num_examples1, num_examples2) <= self.max_dense_bytes
+        return self.fits(num_examples1, num_examples2) or (is_allowed and self.scratch is not None)
 
     @override
     @contextmanager
@@ -60,7 +67,7 @@ class GramEngine(Engine):
         if 0 in (n1, n2):
             return V.new_zeros(n1 * self.layout.rows_per_example, V.shape[1])
         with torch.no_grad(), ieee_precision():
-            if self._kept is not None and self.fits(n1, n2):
+            if self._kept is not None and self.keeps(n1, n2):
                 return self._kept_kernel(self._kept, x1, x2).matmul(V)
             if self.fits(n1, n2):
                 return self._written(x1, x1 if is_same_view(x1, x2) else x2) @ V
@@ -78,7 +85,7 @@ class GramEngine(Engine):
     @override
     def chunks(self, num_examples: int, num_columns: int) -> Chunks:
         inner = self.inner.chunks(num_examples, 1)
-        held = min(self._bytes(num_examples, num_examples), self._bytes(self._strip(num_examples), num_examples))
+        held = min(self.num_bytes(num_examples, num_examples), self.num_bytes(self._strip(num_examples), num_examples))
         return Chunks(inner.examples, num_columns, held + inner.bytes)
 
     @override
@@ -91,7 +98,7 @@ class GramEngine(Engine):
 
     @override
     def half_gram(self, x: Tensor, V: Block) -> SmallMatrix:
-        if self._kept is None or not self.fits(x.shape[0], x.shape[0]) or not x.shape[0]:
+        if self._kept is None or not self.keeps(x.shape[0], x.shape[0]) or not x.shape[0]:
             return self.inner.half_gram(x, V)
         # K is there: a product with it costs less than half a product by layers. Values are off by rounding of the
         # entries, which averages out: about eps lambda_1 / n.
@@ -123,13 +130,14 @@ class GramEngine(Engine):
                 kept[key] = WrittenKernel.plain(self._written(x1, x2)), x1, x2
         return kept[key][0]
 
-    def _bytes(self, num_examples1: int, num_examples2: int) -> int:
+    def num_bytes(self, num_examples1: int, num_examples2: int) -> int:
+        """Of K, written down."""
         r = self.layout.rows_per_example
         return num_examples1 * num_examples2 * r * r * self.model.dtype.itemsize
 
     def _strip(self, num_examples: int) -> int:
         """Examples whose rows of K fit."""
-        one = self._bytes(1, num_examples)
+        one = self.num_bytes(1, num_examples)
         if one > self.budget:
             raise BudgetError(
                 f"the rows of K of one example take {one:,} bytes, but {self.budget:,}, half of the budget, are for K. "
@@ -141,6 +149,10 @@ class GramEngine(Engine):
 
     def _written(self, x1: Tensor, x2: Tensor) -> GramMatrix:
         r = self.layout.rows_per_example
-        out = torch.empty(x1.shape[0] * r, x2.shape[0] * r, dtype=self.model.dtype, device=self.model.device)
+        shape, dtype = (x1.shape[0] * r, x2.shape[0] * r), self.model.dtype
+        if self.scratch is None or self.num_bytes(x1.shape[0], x2.shape[0]) <= self.budget:
+            out = torch.empty(shape, dtype=dtype, device=self.model.device)
+        else:
+            out = self.scratch.empty(shape, dtype)
         self.inner.gram(x1, x2, out)
         return out

@@ -18,6 +18,7 @@ from ntk_lazy.engines.coverage import FactorMismatchError
 from ntk_lazy.engines.factors import FactorEngine
 from ntk_lazy.engines.gram import GramEngine
 from ntk_lazy.engines.rates import machine_rates
+from ntk_lazy.engines.scratch import Scratch
 from ntk_lazy.errors import BudgetError
 from ntk_lazy.model import FunctionalModel
 from ntk_lazy.outputs import OutputLayout
@@ -61,6 +62,7 @@ class PlannedEngine(Engine):
         budget: int,
         max_dense_bytes: int,
         chunk_size: int | None,
+        scratch: Scratch | None = None,
     ) -> None:
         super().__init__(model, layout)
         self.preflight = preflight
@@ -69,11 +71,16 @@ class PlannedEngine(Engine):
         tiles: Engine = self.autodiff
         self.coverage = preflight.coverage
         if preflight.coverage.costs or preflight.derivatives.vectorises:
-            self.factors = FactorEngine(model, layout, preflight=preflight, budget=budget, chunk_size=chunk_size)
+            self.factors = FactorEngine(
+                model, layout, preflight=preflight, budget=budget, chunk_size=chunk_size, scratch=scratch
+            )
             self.coverage = self.factors.coverage
             # One half of the budget for K, the other for what it is made of.
-            tiles = FactorEngine(model, layout, preflight=preflight, budget=budget // 2, chunk_size=chunk_size)
-        self.gram_engine = GramEngine(tiles, budget=budget // 2, max_dense_bytes=max_dense_bytes)
+            tiles = FactorEngine(
+                model, layout, preflight=preflight, budget=budget // 2, chunk_size=chunk_size, scratch=scratch
+            )
+        self.gram_engine = GramEngine(tiles, budget=budget // 2, max_dense_bytes=max_dense_bytes, scratch=scratch)
+        self.scratch = scratch
         self._series: Engine | None = None
         self._context = ExitStack()  # of a series of products: what its engine keeps
         self._expected: int | None = None
@@ -97,16 +104,24 @@ class PlannedEngine(Engine):
         n, found = max(cost.num_examples), []
         if self.factors is not None:
             together = n if cost.is_symmetric else sum(cost.num_examples)
-            is_kept, as_rows = self.factors.store.keeps(together), self.factors.store.row_parameters(together)
+            store = self.factors.store
+            is_kept, as_rows = store.keeps(together), store.row_parameters(together)
             how = "factors of layers, kept" if is_kept else "factors of layers, made anew for each product"
             how += f", {len(as_rows)} parameters as rows of J" if as_rows else ""
             seconds = cost.factors(columns, calls, is_kept=is_kept, as_rows=as_rows)
+            if self.scratch is not None and not store.fits(together):
+                # Each half of a product reads one side.
+                halves = sum(cost.num_examples) * store.bytes_per_example
+                seconds += calls * halves / self.scratch.bytes_per_second()
+                how += ", in scratch files"
             found.append(Alternative("factors", seconds, self._held(self.factors, n, columns), how))
-        if self.gram_engine.fits(*cost.num_examples):
-            seconds = cost.gram() + cost.kept_products(columns, calls)
-            found.append(
-                Alternative("gram", seconds, self._held(self.gram_engine, n, columns), "K written down once and kept")
-            )
+        gram = self.gram_engine
+        if gram.keeps(*cost.num_examples):
+            seconds, how = cost.gram() + cost.kept_products(columns, calls), "K written down once and kept"
+            if self.scratch is not None and not gram.fits(*cost.num_examples):
+                seconds += calls * gram.num_bytes(*cost.num_examples) / self.scratch.bytes_per_second()
+                how += " in a scratch file"
+            found.append(Alternative("gram", seconds, self._held(gram, n, columns), how))
         return found
 
     def _cost(self, num_examples: tuple[int, int], is_symmetric: bool) -> CostModel:
