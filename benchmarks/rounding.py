@@ -2,7 +2,7 @@
 
     python benchmarks/rounding.py
 
-What the second column does not cure is what float32 does to the network itself. Columns: ones, signs and random numbers.
+What float64 sums do not cure is what float32 does to the network itself. Of ones, signs and random columns the worst.
 """
 
 from __future__ import annotations
