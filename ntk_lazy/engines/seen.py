@@ -72,7 +72,8 @@ class Seen:
         if node.name() in _SUMS or node.name() in _PRODUCTS:
             return self._mapped(node, index, shape)
         tokens = tokens_of(node)
-        is_plain = self.scale is None and self.looked_up is None and self._is_all
+        is_plain = self.scale is None and self.looked_up is None
+        is_plain = is_plain and self.entries.is_contiguous() and self.entries.numel() == self.num_entries
         if tokens is None or index != 0 or not is_plain or not self.entries.ndim:
             return None
         looked_up = tokens, self.shape[0], padding_of(node)
@@ -101,11 +102,8 @@ class Seen:
             return None
         if self.looked_up is not None:
             return self._as_lookup(use) if self.entries.numel() == self._num_looked_up else None
-        return use if self._is_all else Within(use, int(self.entries.storage_offset()), self.num_entries)
-
-    @property
-    def _is_all(self) -> bool:
-        return self.entries.numel() == self.num_entries and self.entries.is_contiguous()
+        is_all = entries.numel() == self.num_entries
+        return use if is_all else Within(use, int(entries.storage_offset()), self.num_entries)
 
     @property
     def _num_looked_up(self) -> int:
