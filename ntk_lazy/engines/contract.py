@@ -40,6 +40,8 @@ class Preflight:
         num_outputs: C, outputs of one example with all trailing dimensions flattened.
         writes_buffers: Whether the forward pass changes a buffer, so that each call needs its own copies.
         forward_flops: Operations of a forward pass over one example, as far as they can be counted.
+        forward_seconds: What a forward pass over one example takes, as a share of a product that was timed; None where
+            operations can be counted or all parameters have factors.
         activation_bytes: Saved for the backward pass of one example, parameters excluded.
         coverage: For which parameters J can be had as factors.
         draws_numbers: Whether it draws random numbers, which must not move the user's generator.
@@ -52,6 +54,7 @@ class Preflight:
     activation_bytes: int
     coverage: Coverage
     draws_numbers: bool = False
+    forward_seconds: float | None = None
 
     @cached_property
     def derivatives(self) -> Derivatives:

@@ -26,7 +26,7 @@ _SHARE_OF_RATE = {
     "single examples": 0.15,
 }
 _TOUCHES = 25.0  # of each saved byte, in a pass that captures factors
-_FLOPS_PER_BYTE = 20.0  # least of a forward pass whose operations torch cannot count (fused recurrent layers)
+_FLOPS_PER_BYTE = 20.0  # saved: least of a forward pass
 
 
 @final
@@ -63,7 +63,8 @@ class CostModel:
             mode: As if the model could be differentiated so; None for what it can.
         """
         positions = max((c.num_positions for c in self.coverage.costs.values()), default=1)
-        share = _SHARE_OF_RATE["autodiff" if positions == 1 else "autodiff over positions"]
+        is_plain = positions == 1 or self.preflight.forward_seconds is not None
+        share = _SHARE_OF_RATE["autodiff" if is_plain else "autodiff over positions"]
         flops = self._forward * (1 + 2.0 * columns * self.layout.passes) * sum(self.num_examples)
         flops *= 2 if (mode or self.preflight.derivatives.mode) == "double-reverse" else 1
         return calls * flops / (share * self.rates.flops)
@@ -129,10 +130,11 @@ class CostModel:
 
     @property
     def _forward(self) -> float:
-        """Operations of a forward pass over one example, or as much as what it saves is worth: not all are counted."""
-        return max(
-            self.preflight.forward_flops, 2.0 * self.num_params, _FLOPS_PER_BYTE * self.preflight.activation_bytes
-        )
+        """Operations of a forward pass over one example, or as many as its time or what it saves is worth."""
+        counted, timed = self.preflight.forward_flops, self.preflight.forward_seconds
+        if timed is not None:
+            return max(counted, timed * _SHARE_OF_RATE["autodiff"] * self.rates.flops)
+        return max(counted, 2.0 * self.num_params, _FLOPS_PER_BYTE * self.preflight.activation_bytes)
 
     def _rest(self, columns: int, calls: int) -> float:
         """Automatic differentiation for the parameters without factors: its passes go through all layers."""

@@ -20,13 +20,21 @@ from ntk_lazy.engines.coverage import Coverage
 from ntk_lazy.engines.derivatives import Derivatives, quiet
 from ntk_lazy.engines.flops import FlopCount
 from ntk_lazy.engines.forward_pass import ForwardPass
-from ntk_lazy.engines.linearisation import DoubleReverse, Tangents, refuse_inference_mode
+from ntk_lazy.engines.linearisation import (
+    DoubleReverse,
+    LinearisationMode,
+    Tangents,
+    linearisation,
+    refuse_inference_mode,
+)
+from ntk_lazy.engines.rates import seconds
 from ntk_lazy.engines.rounding import largest, noise
 from ntk_lazy.engines.suspects import TRANSFORM_ERRORS, Call, named
 from ntk_lazy.errors import NonFiniteError, UnsupportedModuleError
 from ntk_lazy.model import FunctionalModel
 
 _PROBES = 3
+_TIMED_BYTES, _TIMED_EXAMPLES = 4 << 20, 32  # most that are timed at once
 
 
 def check(model: FunctionalModel, x: Tensor) -> Preflight:
@@ -60,18 +68,27 @@ def check(model: FunctionalModel, x: Tensor) -> Preflight:
         by_example = _check_independence(model, forward)
         _refuse_dropped_gradients(caught)
         coverage = _find_factors(model, forward, by_example)
-    preflight = Preflight(
-        find_derivatives=partial(Derivatives.of, model, x.clone(), activation_bytes),
+        forward_seconds = None
+        find = partial(Derivatives.of, model, x.clone(), activation_bytes)
+        if coverage.uncovered:
+            derivatives = find()  # needed in any case: a model without any is better refused now
+            find = partial(_same, derivatives)
+            if not counter.is_complete:
+                forward_seconds = _time_forward(model, x, derivatives.mode, activation_bytes)
+    return Preflight(
+        find_derivatives=find,
         num_outputs=forward.output.shape[1],
         writes_buffers=forward.writes_buffers,
         draws_numbers=forward.draws_numbers,
         forward_flops=counter.total / x.shape[0],
+        forward_seconds=forward_seconds,
         activation_bytes=activation_bytes,
         coverage=coverage,
     )
-    if coverage.uncovered:
-        _ = preflight.derivatives  # needed in any case: a model without any is better refused now
-    return preflight
+
+
+def _same(derivatives: Derivatives) -> Derivatives:
+    return derivatives
 
 
 def _check_parameters(model: FunctionalModel) -> None:
@@ -224,6 +241,23 @@ def _find_factors(model: FunctionalModel, forward: ForwardPass, by_example: list
         raise
     except TRANSFORM_ERRORS as error:
         return Coverage({}, dict.fromkeys(model.params, suspects.first_line(error)))
+
+
+def _time_forward(model: FunctionalModel, x: Tensor, mode: LinearisationMode, activation_bytes: int) -> float:
+    """Time Jᵀ and J with one column on as many examples as fill a small chunk; return the share of a forward pass.
+
+    Not a forward pass itself: the derivatives of fused layers run through other, slower kernels.
+    """
+    num_examples = min(max(x.shape[0], _TIMED_BYTES // max(activation_bytes, 1)), _TIMED_EXAMPLES)
+    examples = x[torch.arange(num_examples, device=x.device) % x.shape[0]]
+
+    def run() -> None:
+        chunk = linearisation(mode)(model, examples)
+        output = model(model.params, examples)
+        chunk.push(chunk.pull(torch.ones_like(output).unsqueeze(0)))
+
+    passes = 6 if mode == "forward-over-reverse" else 12
+    return seconds(run, model.device.type, repeats=2) / (passes * num_examples)
 
 
 def _cotangents(output: Tensor) -> Tensor:
