@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ntk_lazy.engines import suspects
-from ntk_lazy.engines.contract import Preflight
+from ntk_lazy.engines.contract import PassTimes, Preflight
 from ntk_lazy.engines.coverage import Coverage
 from ntk_lazy.engines.derivatives import Derivatives, quiet
 from ntk_lazy.engines.flops import FlopCount
@@ -34,7 +34,7 @@ from ntk_lazy.errors import NonFiniteError, UnsupportedModuleError
 from ntk_lazy.model import FunctionalModel
 
 _PROBES = 3
-_TIMED_BYTES, _TIMED_EXAMPLES = 4 << 20, 32  # most that are timed at once
+_TIMED_BYTES, _TIMED_EXAMPLES, _TIMED_COLUMNS = 16 << 20, 64, 2  # as in a product: small ones pay for overheads
 
 
 def check(model: FunctionalModel, x: Tensor) -> Preflight:
@@ -68,20 +68,20 @@ def check(model: FunctionalModel, x: Tensor) -> Preflight:
         by_example = _check_independence(model, forward)
         _refuse_dropped_gradients(caught)
         coverage = _find_factors(model, forward, by_example)
-        forward_seconds = None
+        times = None
         find = partial(Derivatives.of, model, x.clone(), activation_bytes)
         if coverage.uncovered:
             derivatives = find()  # needed in any case: a model without any is better refused now
             find = partial(_same, derivatives)
             if not counter.is_complete:
-                forward_seconds = _time_forward(model, x, derivatives.mode, activation_bytes)
+                times = _time_passes(model, x, derivatives.mode, activation_bytes)
     return Preflight(
         find_derivatives=find,
         num_outputs=forward.output.shape[1],
         writes_buffers=forward.writes_buffers,
         draws_numbers=forward.draws_numbers,
         forward_flops=counter.total / x.shape[0],
-        forward_seconds=forward_seconds,
+        times=times,
         activation_bytes=activation_bytes,
         coverage=coverage,
     )
@@ -243,21 +243,26 @@ def _find_factors(model: FunctionalModel, forward: ForwardPass, by_example: list
         return Coverage({}, dict.fromkeys(model.params, suspects.first_line(error)))
 
 
-def _time_forward(model: FunctionalModel, x: Tensor, mode: LinearisationMode, activation_bytes: int) -> float:
-    """Time Jᵀ and J with one column on as many examples as fill a small chunk; return the share of a forward pass.
+def _time_passes(model: FunctionalModel, x: Tensor, mode: LinearisationMode, activation_bytes: int) -> PassTimes:
+    """Time Jᵀ and J with a few columns on a small chunk of examples, and the gradient of one example.
 
     Not a forward pass itself: the derivatives of fused layers run through other, slower kernels.
+
+    Cost: Three products with 64 examples at most.
     """
     num_examples = min(max(x.shape[0], _TIMED_BYTES // max(activation_bytes, 1)), _TIMED_EXAMPLES)
     examples = x[torch.arange(num_examples, device=x.device) % x.shape[0]]
+    U = torch.ones_like(model(model.params, examples)).expand(_TIMED_COLUMNS, -1, -1)
 
     def run() -> None:
         chunk = linearisation(mode)(model, examples)
-        output = model(model.params, examples)
-        chunk.push(chunk.pull(torch.ones_like(output).unsqueeze(0)))
+        chunk.push(chunk.pull(U))
 
-    passes = 6 if mode == "forward-over-reverse" else 12
-    return seconds(run, model.device.type, repeats=2) / (passes * num_examples)
+    # As the cost model counts: one forward pass in each half, and two passes' worth for each column.
+    passes = 2 * (1 + 2 * _TIMED_COLUMNS) * (1 if mode == "forward-over-reverse" else 2)
+    in_batch = seconds(run, model.device.type, repeats=2) / (passes * num_examples)
+    alone = seconds(lambda: DoubleReverse(model, x[:1]).pull(U[:1, :1]), model.device.type) / 3
+    return PassTimes(in_batch, alone)
 
 
 def _cotangents(output: Tensor) -> Tensor:
