@@ -71,6 +71,84 @@ class BareParameters(nn.Module):
         return self.scale * (x @ self.columns.mT + self.offset).sin()[:, ::2]
 
 
+class ImagePatches(nn.Module):
+    """A small vision transformer: class token, slice of a table of positions, layer scale, learned temperature."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(2, 4, 2, stride=2)
+        self.token = nn.Parameter(torch.randn(1, 1, 4))
+        self.registers = nn.Parameter(torch.randn(2, 4))
+        self.positions = nn.Parameter(torch.randn(1, 9, 4))
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True, add_bias_kv=True)
+        self.gamma = nn.Parameter(torch.randn(4))
+        self.temperature = nn.Parameter(torch.tensor(0.3))
+        self.sharpness = nn.Parameter(torch.tensor(1.3))
+        self.gate = nn.Parameter(torch.randn(4))
+        self.weight = nn.Parameter(torch.randn(3, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.patches(x).flatten(2).mT
+        h = torch.cat([self.token.expand(x.shape[0], -1, -1), self.registers.repeat(x.shape[0], 1, 1), h], 1)
+        h = h + self.positions[:, : h.shape[1]]
+        h = h + self.gamma * self.attention(h, h.sin(), h.cos())[0]
+        h = torch.sigmoid(self.gate) * h[:, 0] + (1 - torch.sigmoid(self.gate)) * h.mean(1)
+        h = h / self.sharpness * (1 + self.gamma)
+        return (h @ (self.weight * 0.5).T) * self.temperature.exp().clamp(max=100)
+
+
+class TokenPositions(nn.Module):
+    """Tables that are looked up at places which are the same for all examples, and by index."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(7, 4))
+        self.positions, self.types = nn.Embedding(6, 4, padding_idx=1), nn.Embedding(2, 4)
+        self.bias = nn.Parameter(torch.randn(5, 2))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        places = torch.arange(tokens.shape[1], device=tokens.device)
+        h = self.table[tokens] + self.positions(places) + self.types(torch.zeros_like(places)[None])
+        distance = (places[:, None] - places).clamp(-2, 2)  # negative ones count from the end
+        bias = self.bias[distance.flatten()].unflatten(0, distance.shape).permute(2, 0, 1)
+        scores = torch.einsum("bsd,btd->bst", h, h)[:, None] / 8 + bias
+        return torch.einsum("bhst,btd->bhd", scores.softmax(-1), h).sin()
+
+
+class HeadsByEinsum(nn.Module):
+    """Attention whose projections are ``einsum`` with a weight for each head, and other products without a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key = (nn.Parameter(torch.randn(2, 3, 4)) for _ in range(2))
+        self.value, self.per_head = nn.Parameter(torch.randn(4, 2, 3)), nn.Parameter(torch.randn(2, 3, 2))
+        self.left, self.vector = nn.Parameter(torch.randn(5, 3)), nn.Parameter(torch.randn(8))
+        self.out = nn.Parameter(torch.randn(4, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key = torch.einsum("bsi,hdi->bhsd", x, self.query), torch.einsum("bsi,hdi->bhsd", x, self.key)
+        value = torch.einsum("bsi,ihd->bhsd", x, self.value)
+        mixed = F.scaled_dot_product_attention(query, key, value)
+        flat = mixed.transpose(1, 2).flatten(2)
+        heads = torch.einsum("bhi,hio->bho", mixed.mean(2), self.per_head)
+        summed = torch.bmm(flat.tanh(), self.out.T.expand(x.shape[0], 6, 4))
+        joined = torch.cat([(self.left @ x).sin().mean(1), summed.mean(1)], 1)
+        return torch.cat([heads.flatten(1), (joined @ self.vector)[:, None]], 1)
+
+
+class ScaledWeights(nn.Module):
+    """Layers in the parametrisation of the kernel: standard normal weights, scaled where they are used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Parameter(torch.randn(6, 4)), nn.Parameter(torch.randn(3, 6))
+        self.bias = nn.Parameter(torch.randn(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.linear(x, self.first * 4**-0.5, self.bias * 0.1).relu()
+        return F.linear(hidden, self.second / 6**0.5)
+
+
 class MixedDtypes(nn.Module):
     """A layer in one dtype and a scale in another, which is that of the output."""
 

@@ -20,6 +20,7 @@ FALLBACKS = {
     "gradient reversal": "Headed",
     "wrong forward rule": "Headed",
     "embedding, padding_idx": "'0' (Embedding)",
+    "token positions": "'positions' (Embedding)",
     "lstm, float32": "LSTM",
 }
 LOOPED = {
@@ -27,6 +28,8 @@ LOOPED = {
     "branch on data",
     "mixture of experts",
     "prelu",
+    "prelu, one slope",
+    "instance norms, train",
     "lstm",
     "gru, two ways, two layers",
     *FALLBACKS,

@@ -7,6 +7,7 @@ from functools import cache
 import pytest
 import torch
 from case import Case
+from modules import Through
 from oracle import defect, dense_jacobian, dense_kernel
 from torch import Generator, Tensor, nn
 from torch.nn.functional import linear
@@ -106,6 +107,24 @@ def test_factors_that_do_not_fit_are_made_anew(case: Case, monkeypatch: pytest.M
     V = columns(J.shape[0], 3, K.dtype)
     assert defect(K @ V, J @ (J.mT @ V.double())) < case.tolerance
     assert defect(K.half_gram(V), V.double().mT @ J @ J.mT @ V.double()) < case.tolerance
+
+
+WITHOUT_RULES = {
+    "weight norm",  # a function of several parameters
+    "weight norm, by hook",
+    "spectral norm, eval",
+    "lstm, float32",  # one fused operation
+    "branch on data",  # each example by itself
+    "checkpoint first",  # without a graph of its inside
+    "unused layer",
+    "residual image network, eval",  # normalised and averaged: gradients of rounding alone
+}
+
+
+@right
+def test_all_parameters_have_factors_where_rules_reach(case: Case):
+    uncovered = checked(case).explain().preflight.coverage.uncovered
+    assert bool(uncovered) == (case.name in WITHOUT_RULES), uncovered
 
 
 @pytest.mark.parametrize("name", sorted(ROUTED))
@@ -222,6 +241,17 @@ class Bag(nn.Module):
         return self.head(torch.tanh(self.table(tokens)).mean(1))
 
 
+class Clipped(nn.Module):
+    """A layer whose outputs stay above a learned number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.least = nn.Linear(3, 2), nn.Parameter(torch.tensor(0.1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.maximum(self.inner(x), self.least)
+
+
 @every_engine
 def test_of_a_table_only_the_rows_that_occur_take_part(engine: str):
     torch.manual_seed(0)
@@ -247,9 +277,21 @@ def test_of_a_table_only_the_rows_that_occur_take_part(engine: str):
 
 def test_parameters_without_factors_are_named_with_the_reason():
     torch.manual_seed(0)
-    K = nl.ntk(nn.Sequential(nn.Linear(3, 4), nn.PReLU(), nn.Linear(4, 2)), torch.randn(8, 3))
-    assert list(K.explain().preflight.coverage.uncovered) == ["1.weight"]
-    assert "1.weight: no rule fits" in str(K.explain())
+    bilinear = Through(nn.Bilinear(4, 4, 2), lambda layer, h: layer(h, h))
+    K = nl.ntk(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), bilinear), torch.randn(8, 3))
+    assert list(K.explain().preflight.coverage.uncovered) == ["2.inner.weight"]
+    assert "2.inner.weight: no rule fits" in str(K.explain())
+
+
+def test_a_scalar_without_factors_has_rows():
+    torch.manual_seed(0)
+    module = Clipped().double()
+    x = torch.randn(6, 3, dtype=torch.float64)
+    J = dense_jacobian(module, x)
+    for engine in ENGINES:
+        K = nl.ntk(module, x, engine=engine)
+        assert list(K.explain().preflight.coverage.uncovered) == ["least"]
+        assert defect(K.to_dense(), J @ J.mT) < 1e-10
 
 
 def test_the_plan_ranks_the_engines_and_a_long_job_changes_it():

@@ -32,6 +32,19 @@ ExampleRows: TypeAlias = Float[Tensor, "examples rows features"]
 
 
 @dataclass(frozen=True)
+class PassTimes:
+    """Seconds of a forward pass over one example, as a share of what was timed: passes of which it is a known part.
+
+    Attributes:
+        in_batch: In products, among others.
+        alone: In a gradient of this example by itself.
+    """
+
+    in_batch: float
+    alone: float
+
+
+@dataclass(frozen=True)
 class Preflight:
     """What a check on a few examples found out about a model.
 
@@ -40,6 +53,7 @@ class Preflight:
         num_outputs: C, outputs of one example with all trailing dimensions flattened.
         writes_buffers: Whether the forward pass changes a buffer, so that each call needs its own copies.
         forward_flops: Operations of a forward pass over one example, as far as they can be counted.
+        times: What was timed instead; None where operations can be counted or all parameters have factors.
         activation_bytes: Saved for the backward pass of one example, parameters excluded.
         coverage: For which parameters J can be had as factors.
         draws_numbers: Whether it draws random numbers, which must not move the user's generator.
@@ -52,6 +66,7 @@ class Preflight:
     activation_bytes: int
     coverage: Coverage
     draws_numbers: bool = False
+    times: PassTimes | None = None
 
     @cached_property
     def derivatives(self) -> Derivatives:

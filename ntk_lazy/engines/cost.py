@@ -26,7 +26,7 @@ _SHARE_OF_RATE = {
     "single examples": 0.15,
 }
 _TOUCHES = 25.0  # of each saved byte, in a pass that captures factors
-_FLOPS_PER_BYTE = 20.0  # least of a forward pass whose operations torch cannot count (fused recurrent layers)
+_FLOPS_PER_BYTE = 20.0  # saved: least of a forward pass
 
 
 @final
@@ -63,7 +63,8 @@ class CostModel:
             mode: As if the model could be differentiated so; None for what it can.
         """
         positions = max((c.num_positions for c in self.coverage.costs.values()), default=1)
-        share = _SHARE_OF_RATE["autodiff" if positions == 1 else "autodiff over positions"]
+        is_plain = positions == 1 or self.preflight.times is not None
+        share = _SHARE_OF_RATE["autodiff" if is_plain else "autodiff over positions"]
         flops = self._forward * (1 + 2.0 * columns * self.layout.passes) * sum(self.num_examples)
         flops *= 2 if (mode or self.preflight.derivatives.mode) == "double-reverse" else 1
         return calls * flops / (share * self.rates.flops)
@@ -111,7 +112,7 @@ class CostModel:
         seconds = flops / (_SHARE_OF_RATE["gram"] * self.rates.flops) + moved / self.rates.bytes
         if self.coverage.uncovered.keys() - self.coverage.by_rows:
             examples = n1 if self.is_symmetric else n1 + n2
-            seconds += examples * self._forward * (1 + 2 * q) / (_SHARE_OF_RATE["single examples"] * self.rates.flops)
+            seconds += examples * (1 + 2 * q) * self._seconds_alone
         return self.layout.passes * seconds + self.capture()
 
     def kept_products(self, columns: int, calls: int = 1) -> float:
@@ -129,10 +130,18 @@ class CostModel:
 
     @property
     def _forward(self) -> float:
-        """Operations of a forward pass over one example, or as much as what it saves is worth: not all are counted."""
-        return max(
-            self.preflight.forward_flops, 2.0 * self.num_params, _FLOPS_PER_BYTE * self.preflight.activation_bytes
-        )
+        """Operations of a forward pass over one example, or as many as its time or what it saves is worth."""
+        counted, times = self.preflight.forward_flops, self.preflight.times
+        if times is not None:
+            return max(counted, times.in_batch * _SHARE_OF_RATE["autodiff"] * self.rates.flops)
+        return max(counted, 2.0 * self.num_params, _FLOPS_PER_BYTE * self.preflight.activation_bytes)
+
+    @property
+    def _seconds_alone(self) -> float:
+        """A forward pass over one example by itself."""
+        times = self.preflight.times
+        counted = self._forward / (_SHARE_OF_RATE["single examples"] * self.rates.flops)
+        return counted if times is None else times.alone
 
     def _rest(self, columns: int, calls: int) -> float:
         """Automatic differentiation for the parameters without factors: its passes go through all layers."""

@@ -12,8 +12,8 @@ from torch import Tensor
 from ntk_lazy.engines.graph import Edge, Placement, edges, output_gradients
 from ntk_lazy.engines.linearisation import example_gradients
 from ntk_lazy.engines.rounding import noise
-from ntk_lazy.engines.rules import rule_for
-from ntk_lazy.engines.uses import Outer, Rows, Use
+from ntk_lazy.engines.rules import use_of
+from ntk_lazy.engines.uses import Outer, Rows, Use, Within
 from ntk_lazy.errors import UnsupportedModuleError
 from ntk_lazy.model import FunctionalModel
 
@@ -87,7 +87,7 @@ class Coverage:
             others = {name: p for name, p in model.params.items() if name not in self.by_rows}
             alone = replace(model, params=own, constants=model.constants | others)
             gradients = example_gradients(alone, x, cotangents.to(model.dtype))
-            found |= {name: [Rows(g.flatten(2))] for name, g in gradients.items()}
+            found |= {name: [Rows(g.reshape(*g.shape[:2], -1))] for name, g in gradients.items()}
         if self.by_rows == found.keys():
             return found
         # One example alone often takes another way through a model than a batch: its tensors are contiguous.
@@ -153,20 +153,24 @@ def _uses(
     nothing is taken for granted about the order in which a layer sees examples and positions.
     """
     used = [edge for edge in edges(output, leaves) if edge.name in wanted]
+    asked = [onward for edge in used for onward in edge.all()]
     b = output.shape[0]
     weights = noise((b,), like=output, seed=b)
     together = cotangents.to(output.dtype).sum(0)
-    plain = _gradients(output, used, cotangents)
-    weighted = _gradients(output, used, (together * weights[:, None])[None])
-    for edge, G, H in zip(used, plain, weighted, strict=True):
+    plain = _gradients(output, asked, cotangents)
+    weighted = _gradients(output, asked, (together * weights[:, None])[None])
+    gradients = dict(zip(asked, zip(plain, weighted, strict=True), strict=True))
+    pending = used[::-1]
+    while pending:
+        edge = pending.pop()
+        G, H = gradients[edge]
         if not bool(G.any()):
             continue
         placement = Placement.detect(G.sum(0), H[0], weights, tolerance=_SAME)
-        rule = rule_for(edge)
-        if placement is None or rule is None:
-            yield edge, None
+        if placement is None and edge.onward:
+            pending.extend(edge.onward[::-1])  # no example in it: so far it is a function of parameters alone
         else:
-            yield edge, rule(edge, leaves[edge.name].shape, G.to(dtype), placement, b)
+            yield edge, None if placement is None else use_of(edge, G.to(dtype), placement, b)
 
 
 def _gradients(output: Tensor, used: list[Edge], cotangents: Tensor) -> list[Tensor]:
@@ -200,10 +204,11 @@ def _cost(uses: list[Use], num_examples: int, counted: set[int]) -> LayerCost:
         sources += 0 if source is None or source.data_ptr() in counted else source.nbytes
         gradients += 0 if gradient.data_ptr() in counted else gradient.nbytes
         counted |= {t.data_ptr() for t in use.held if t is not None}
+    layers = [layer for layer in (u.inner if isinstance(u, Within) else u for u in uses) if isinstance(layer, Outer)]
     return LayerCost(
         num_params=rows.shape[2],
         source_bytes=-(-sources // num_examples),
         gradient_bytes=-(-gradients // (num_examples * q)),
-        num_positions=max((u.G.shape[2] for u in uses if isinstance(u, Outer)), default=1),
-        num_outputs=max((u.G.shape[3] for u in uses if isinstance(u, Outer)), default=rows.shape[2]),
+        num_positions=max((layer.G.shape[2] for layer in layers), default=1),
+        num_outputs=max((layer.G.shape[3] for layer in layers), default=rows.shape[2]),
     )

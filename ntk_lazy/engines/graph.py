@@ -14,9 +14,11 @@ from typing import Any, Self, TypeAlias
 import torch
 from torch import Tensor
 
-Node: TypeAlias = Any  # a node of the graph of autograd; its class depends on the operation
+from ntk_lazy.engines.seen import Seen
 
-_TURNS = ("TBackward0", "TransposeBackward0")
+Node: TypeAlias = Any  # a node of the graph of autograd; its class depends on the operation
+# By the node that made a tensor: which of its outputs, the operation that the tensor enters, and as which operand.
+Users: TypeAlias = dict[Node, list[tuple[int, Node, int]]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,33 +29,57 @@ class Edge:
         name: The parameter.
         node: The operation that uses it.
         index: Which operand it is.
-        is_turned: Whether the operation sees a matrix transposed.
+        seen: What the operation gets of the parameter.
+        onward: Uses of what it makes, in case nothing but the parameter enters it.
     """
 
     name: str
     node: Node
     index: int
-    is_turned: bool
+    seen: Seen
+    onward: tuple[Edge, ...] = ()
 
     @property
     def operation(self) -> str:
         """What the operation is called, for messages."""
         return str(self.node.name())
 
+    def all(self) -> Iterator[Edge]:
+        """This one and all onward."""
+        yield self
+        for edge in self.onward:
+            yield from edge.all()
+
 
 def edges(output: Tensor, leaves: Mapping[str, Tensor]) -> list[Edge]:
     """List all uses of leaves on the way to an output, in an order that depends on the graph alone."""
     names = {id(leaf): name for name, leaf in leaves.items()}
-    found = []
+    users: Users = {}
+    ends = {}
     for node in _nodes(output):
-        if node.name() in _TURNS and _leaf(node, names) is not None:
-            continue  # not a use yet, but how a matrix is handed over
-        for index, (child, _) in enumerate(node.next_functions):
-            reached = None if child is None else _leaf(child, names)
-            if reached is not None:
-                name, num_turns = reached
-                found.append(Edge(name, node, index, num_turns % 2 == 1))
-    return found
+        for index, (child, number) in enumerate(node.next_functions):
+            if child is not None:
+                users.setdefault(child, []).append((number, node, index))
+        name = names.get(id(getattr(node, "variable", None)))
+        if name is not None:
+            ends[name] = node
+    return [edge for name, end in ends.items() for edge in _uses(name, end, 0, Seen.whole(leaves[name]), users)]
+
+
+def _uses(name: str, made_by: Node, output: int, seen: Seen, users: Users) -> Iterator[Edge]:
+    """Follow a parameter, or what was made of it alone, to the operations that it enters."""
+    for number, node, index in users.get(made_by, ()):
+        if number != output:
+            continue
+        outputs = sorted({n for n, _, _ in users.get(node, ())})
+        behind = [(n, seen.through(node, index, n)) for n in outputs]
+        if behind and all(further is not None for _, further in behind):
+            for n, further in behind:
+                yield from _uses(name, node, n, further, users)  # type: ignore[arg-type]
+            continue
+        perhaps = seen.perhaps_through(node, index)
+        onward = () if perhaps is None else tuple(_uses(name, node, 0, perhaps, users))
+        yield Edge(name, node, index, seen, onward)
 
 
 def _nodes(output: Tensor) -> Iterator[Node]:
@@ -65,18 +91,6 @@ def _nodes(output: Tensor) -> Iterator[Node]:
         seen.add(node)
         yield node
         stack.extend(child for child, _ in node.next_functions)
-
-
-def _leaf(node: Node, names: Mapping[int, str]) -> tuple[str, int] | None:
-    """Follow transpositions of a matrix down to a leaf: its name, and how many they are."""
-    num_turns = 0
-    while node is not None and node.name() in _TURNS:
-        num_turns += 1
-        node = node.next_functions[0][0]
-    variable = getattr(node, "variable", None)
-    if variable is None or id(variable) not in names or (num_turns and variable.ndim != 2):
-        return None
-    return names[id(variable)], num_turns
 
 
 @dataclass(frozen=True)

@@ -15,18 +15,26 @@ import torch
 from torch import Tensor
 
 from ntk_lazy.engines import suspects
-from ntk_lazy.engines.contract import Preflight
+from ntk_lazy.engines.contract import PassTimes, Preflight
 from ntk_lazy.engines.coverage import Coverage
 from ntk_lazy.engines.derivatives import Derivatives, quiet
 from ntk_lazy.engines.flops import FlopCount
 from ntk_lazy.engines.forward_pass import ForwardPass
-from ntk_lazy.engines.linearisation import DoubleReverse, Tangents, refuse_inference_mode
+from ntk_lazy.engines.linearisation import (
+    DoubleReverse,
+    LinearisationMode,
+    Tangents,
+    linearisation,
+    refuse_inference_mode,
+)
+from ntk_lazy.engines.rates import seconds
 from ntk_lazy.engines.rounding import largest, noise
 from ntk_lazy.engines.suspects import TRANSFORM_ERRORS, Call, named
 from ntk_lazy.errors import NonFiniteError, UnsupportedModuleError
 from ntk_lazy.model import FunctionalModel
 
 _PROBES = 3
+_TIMED_BYTES, _TIMED_EXAMPLES, _TIMED_COLUMNS = 16 << 20, 64, 2  # as in a product: small ones pay for overheads
 
 
 def check(model: FunctionalModel, x: Tensor) -> Preflight:
@@ -60,18 +68,27 @@ def check(model: FunctionalModel, x: Tensor) -> Preflight:
         by_example = _check_independence(model, forward)
         _refuse_dropped_gradients(caught)
         coverage = _find_factors(model, forward, by_example)
-    preflight = Preflight(
-        find_derivatives=partial(Derivatives.of, model, x.clone(), activation_bytes),
+        times = None
+        find = partial(Derivatives.of, model, x.clone(), activation_bytes)
+        if coverage.uncovered:
+            derivatives = find()  # needed in any case: a model without any is better refused now
+            find = partial(_same, derivatives)
+            if not counter.is_complete:
+                times = _time_passes(model, x, derivatives.mode, activation_bytes)
+    return Preflight(
+        find_derivatives=find,
         num_outputs=forward.output.shape[1],
         writes_buffers=forward.writes_buffers,
         draws_numbers=forward.draws_numbers,
         forward_flops=counter.total / x.shape[0],
+        times=times,
         activation_bytes=activation_bytes,
         coverage=coverage,
     )
-    if coverage.uncovered:
-        _ = preflight.derivatives  # needed in any case: a model without any is better refused now
-    return preflight
+
+
+def _same(derivatives: Derivatives) -> Derivatives:
+    return derivatives
 
 
 def _check_parameters(model: FunctionalModel) -> None:
@@ -224,6 +241,28 @@ def _find_factors(model: FunctionalModel, forward: ForwardPass, by_example: list
         raise
     except TRANSFORM_ERRORS as error:
         return Coverage({}, dict.fromkeys(model.params, suspects.first_line(error)))
+
+
+def _time_passes(model: FunctionalModel, x: Tensor, mode: LinearisationMode, activation_bytes: int) -> PassTimes:
+    """Time Jᵀ and J with a few columns on a small chunk of examples, and the gradient of one example.
+
+    Not a forward pass itself: the derivatives of fused layers run through other, slower kernels.
+
+    Cost: Three products with 64 examples at most.
+    """
+    num_examples = min(max(x.shape[0], _TIMED_BYTES // max(activation_bytes, 1)), _TIMED_EXAMPLES)
+    examples = x[torch.arange(num_examples, device=x.device) % x.shape[0]]
+    U = torch.ones_like(model(model.params, examples)).expand(_TIMED_COLUMNS, -1, -1)
+
+    def run() -> None:
+        chunk = linearisation(mode)(model, examples)
+        chunk.push(chunk.pull(U))
+
+    # As the cost model counts: one forward pass in each half, and two passes' worth for each column.
+    passes = 2 * (1 + 2 * _TIMED_COLUMNS) * (1 if mode == "forward-over-reverse" else 2)
+    in_batch = seconds(run, model.device.type, repeats=2) / (passes * num_examples)
+    alone = seconds(lambda: DoubleReverse(model, x[:1]).pull(U[:1, :1]), model.device.type) / 3
+    return PassTimes(in_batch, alone)
 
 
 def _cotangents(output: Tensor) -> Tensor:

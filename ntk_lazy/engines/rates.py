@@ -46,17 +46,18 @@ def _measured(device: str, dtype: torch.dtype, num_threads: int) -> Rates:
     A = torch.full((n, n), 0.5, dtype=dtype, device=device)
     B = torch.full((n, n), 0.25, dtype=dtype, device=device)
     with torch.no_grad():
-        flops = 2 * n**3 / _seconds(lambda: times_transposed(A, B), kind)
+        flops = 2 * n**3 / seconds(lambda: times_transposed(A, B), kind)
     length = _BYTES.get(kind, _BYTES["cpu"]) // dtype.itemsize
     long = torch.zeros(length, dtype=dtype, device=device)
     other = torch.zeros_like(long)
-    moved = 3 * length * dtype.itemsize / _seconds(lambda: long.add_(other), kind)
+    moved = 3 * length * dtype.itemsize / seconds(lambda: long.add_(other), kind)
     return Rates(flops, moved)
 
 
-def _seconds(run: Callable[[], object], kind: str) -> float:
+def seconds(run: Callable[[], object], kind: str, *, repeats: int = _REPEATS) -> float:
+    """Time something on a kind of device: the best of some runs and one to warm up."""
     best = float("inf")
-    for _ in range(_REPEATS + 1):
+    for _ in range(repeats + 1):
         if kind == "cuda":
             torch.cuda.synchronize()
         began = time.perf_counter()

@@ -57,7 +57,7 @@ class Use(ABC):
     @property
     @abstractmethod
     def kind(self) -> tuple[object, ...]:
-        """All that is not a factor."""
+        """All that is not a factor; uses of the same kind divide into the same parts."""
 
     @abstractmethod
     def with_factors(self, *factors: Tensor) -> Use:
@@ -430,6 +430,79 @@ class Lookup(Use):
         """Cut the chunk into pieces whose temporaries are small beside what is held."""
         _, b, S, d = self.G.shape
         return slices(b, max(1, _COPY_BYTES // max(1, S * d * self.G.element_size())))
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Within(Use):
+    """A use of some entries of a parameter that lie together, as of one part of a packed projection.
+
+    Attributes:
+        inner: The use of these.
+        start: The first of them.
+        size: Entries of the parameter.
+    """
+
+    inner: Use
+    start: int
+    size: int
+
+    @property
+    @override
+    def held(self) -> tuple[Tensor | None, Tensor]:
+        return self.inner.held
+
+    @property
+    @override
+    def num_entries(self) -> int:
+        return self.size
+
+    @property
+    @override
+    def kind(self) -> tuple[object, ...]:
+        return Within, self.start, self.size, self.inner.num_entries, *self.inner.kind
+
+    @property
+    @override
+    def factors(self) -> tuple[Tensor, ...]:
+        return self.inner.factors
+
+    @override
+    def with_factors(self, *factors: Tensor) -> Within:
+        return replace(self, inner=self.inner.with_factors(*factors))
+
+    @property
+    def _place(self) -> slice:
+        return slice(self.start, self.start + self.inner.num_entries)
+
+    @override
+    def pull(self, V: Coefficients, W: ParameterColumns) -> None:
+        own = W[:, self._place].contiguous()
+        self.inner.pull(V, own)
+        W[:, self._place] = own
+
+    @override
+    def push(self, W: ParameterColumns, Y: Coefficients) -> None:
+        self.inner.push(W[:, self._place].contiguous(), Y)
+
+    @override
+    def rows(self, examples: slice = slice(None)) -> ParameterRows:
+        own = self.inner.rows(examples)
+        R = own.new_zeros(*own.shape[:2], self.size)
+        R[:, :, self._place] = own
+        return R
+
+    @override
+    def parts(self, num_entries: int) -> Iterator[slice]:
+        return self.inner.parts(num_entries)
+
+    @override
+    def part(self, which: slice) -> ParameterRows:
+        return self.inner.part(which)
+
+    @override
+    def first(self, num_examples: int) -> Within:
+        return replace(self, inner=self.inner.first(num_examples))
 
 
 def relabelled(found: Sequence[list[Use]]) -> list[list[Use]]:
