@@ -39,6 +39,15 @@ class Chunk:
         """How many."""
         return self.examples.stop - self.examples.start
 
+    def within(self, stretch: slice) -> Chunk | None:
+        """The part that lies in a stretch of the examples, counted from where it begins; None if there is none."""
+        start, stop = max(self.examples.start, stretch.start), min(self.examples.stop, stretch.stop)
+        if start >= stop:
+            return None
+        own = slice(start - self.examples.start, stop - self.examples.start)
+        uses = tuple({name: [use.at(own) for use in found] for name, found in one.items()} for one in self.uses)
+        return Chunk(slice(start - stretch.start, stop - stretch.start), uses)
+
 
 Chunked: TypeAlias = Callable[[], Iterable[Chunk]]  # goes through all chunks, as often as it is called
 
@@ -184,10 +193,19 @@ class FactorStore:
             yield group.relabelled(name) if is_compact else group
 
     def chunks(self, x: Tensor, *, is_held: bool, as_rows: frozenset[str] | None = None) -> Chunked:
-        """Go through the factors of all examples, which are held or made anew each time."""
-        as_rows = self._compact if as_rows is None else as_rows
+        """Go through the factors of all examples, which are held or made anew each time.
+
+        Args:
+            x: The examples; also a stretch of those whose factors are held.
+            is_held: Whether to hold them.
+            as_rows: Parameters whose rows of J are wanted in place of factors; None for what is held already.
+        """
         if not is_held:
             return lambda: self.capture(x, as_rows=self._compact)
+        part = self._part_of_kept(x, as_rows)
+        if part is not None:
+            return lambda: part
+        as_rows = self._compact if as_rows is None else as_rows
         key = (x.data_ptr(), x.shape, x.stride(), as_rows)
         if self._kept is not None and key in self._kept:
             held = self._kept[key][1]
@@ -209,6 +227,15 @@ class FactorStore:
                 uses |= {name: [_as_rows(uses[name])] for name in as_rows if uses[name]}
             yield Chunk(examples, tuple(factors))
 
+    def _part_of_kept(self, x: Tensor, as_rows: frozenset[str] | None) -> list[Chunk] | None:
+        """The factors of a stretch of the examples whose factors are held."""
+        for key, (whole, held) in (self._kept or {}).items():
+            start = _offset(x, whole)
+            if start is not None and as_rows in (None, key[-1]):
+                found = [chunk.within(slice(start, start + x.shape[0])) for chunk in held]
+                return [chunk for chunk in found if chunk is not None]
+        return None
+
     @cached_property
     def _compact(self) -> frozenset[str]:
         """Parameters whose rows are smaller than their factors."""
@@ -226,6 +253,16 @@ class FactorStore:
     @property
     def _slack(self) -> float:
         return slack(self.model.device.type)
+
+
+def _offset(x: Tensor, whole: Tensor) -> int | None:
+    """Where a tensor begins in another one, if it is a stretch of its examples."""
+    step = whole.stride(0)
+    is_view = x.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr() and x.dtype == whole.dtype
+    if not is_view or x.stride() != whole.stride() or x.shape[1:] != whole.shape[1:] or step == 0:
+        return None
+    start, remainder = divmod(int(x.storage_offset()) - int(whole.storage_offset()), step)
+    return start if remainder == 0 and 0 <= start <= whole.shape[0] - x.shape[0] else None
 
 
 def _as_rows(uses: list[Use]) -> Rows:

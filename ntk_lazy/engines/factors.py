@@ -188,7 +188,7 @@ class FactorEngine(Engine):
                 self.rest.gram(x1, x2, out)
             # Factors of both sides of a tile are held, in the share of the budget that kept ones have.
             size = self.store.half_size()
-            for i in slices(x1.shape[0], size):
+            for i in slices(x1.shape[0], max(size, 2 * size - x2.shape[0])):
                 self._add_strip(x1[i], x2, out[_rows(i, r)], begin=i.start if is_symmetric else 0, size=size)
             if is_symmetric:
                 _mirror(out, _TILE)
@@ -321,8 +321,10 @@ class FactorEngine(Engine):
             rows1, rows2 = rows.chunk(2)
         else:
             (x1, rows1), (x2, rows2) = _occurring(x1, rows1, r), _occurring(x2, rows2, r)
-        left = list(self.store.chunks(x1, is_held=True)())
-        right = left if is_symmetric else list(self.store.chunks(x2, is_held=True)())
+        together = x1.shape[0] if is_symmetric else x1.shape[0] + x2.shape[0]
+        as_rows = self.store.row_parameters(together)
+        left = list(self.store.chunks(x1, is_held=True, as_rows=as_rows)())
+        right = left if is_symmetric else list(self.store.chunks(x2, is_held=True, as_rows=as_rows)())
         limit = int(min(self.budget * _ROWS_SHARE, 2 * working_set(self.model.device.type)))
         for number in range(self.layout.passes):
             uses = [[chunk.uses[number] for chunk in side] for side in (left, right)]

@@ -77,8 +77,8 @@ class Use(ABC):
         """Write the rows of J down for one part."""
 
     @abstractmethod
-    def first(self, num_examples: int) -> Use:
-        """The same for the first examples of the chunk."""
+    def at(self, examples: slice) -> Use:
+        """The same for some examples of the chunk, without a copy."""
 
 
 @final
@@ -125,8 +125,8 @@ class Rows(Use):
         return self.R[:, :, which]
 
     @override
-    def first(self, num_examples: int) -> Rows:
-        return Rows(self.R[:num_examples])
+    def at(self, examples: slice) -> Rows:
+        return Rows(self.R[examples])
 
 
 @final
@@ -275,8 +275,8 @@ class Outer(Use):
         return replace(self, G=self.G[..., which]).as_rows().R
 
     @override
-    def first(self, num_examples: int) -> Outer:
-        return replace(self, source=self.source[:num_examples], G=self.G[:, :num_examples])
+    def at(self, examples: slice) -> Outer:
+        return replace(self, source=self.source[examples], G=self.G[:, examples])
 
     def _is_by_example(self, k: int) -> bool:
         q, S, o, i = self._sizes
@@ -347,8 +347,8 @@ class Lookup(Use):
         return replace(self, G=self.G[..., which]).rows()
 
     @override
-    def first(self, num_examples: int) -> Lookup:
-        return replace(self, tokens=self.tokens[:num_examples], G=self.G[:, :num_examples])
+    def at(self, examples: slice) -> Lookup:
+        return replace(self, tokens=self.tokens[examples], G=self.G[:, examples])
 
 
 def relabelled(found: Sequence[list[Use]]) -> list[list[Use]]:
