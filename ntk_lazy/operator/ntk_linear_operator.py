@@ -352,7 +352,7 @@ class NTKLinearOperator(LinearOperator):  # type: ignore[misc]  # linear_operato
 
     @override
     def to_dense(self, *, max_dense_bytes: int | None = None) -> Tensor:
-        """Write K down, from tiles of rows of J.
+        """Write K down, from tiles of factors or of rows of J; a few rows or columns by products where that is less.
 
         Args:
             max_dense_bytes: Refuse a larger K; None means what was given to ``ntk``, by default its memory budget.
