@@ -41,11 +41,11 @@ def make(case: Case, **options: object) -> nl.NTKLinearOperator:
 
 
 def kernel(case: Case, **options: object) -> nl.NTKLinearOperator:
-    """Make it for one engine, without another check of the model, and without gradients."""
+    """Make it for one engine, without another check of the model."""
     preflight = checked(case).explain().preflight
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ntk_lazy.kernel.check", lambda model, x: preflight)
-        return make(case, **options).detach()
+        return make(case, **options)
 
 
 def force(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,7 +62,7 @@ def assert_entries(K: nl.NTKLinearOperator, dense: Tensor, tolerance: float) -> 
     rows, cols = torch.tensor([n1 - 1, 0, n1 // 2, 0]), torch.tensor([0, n2 - 1, n2 // 2, n2 // 2])
 
     def compare(found: Tensor, expected: Tensor) -> None:
-        assert defect(found, expected) * float(expected.abs().max() or 1.0) < tolerance * scale
+        assert defect(found.detach(), expected) * float(expected.abs().max() or 1.0) < tolerance * scale
 
     compare(K[rows, cols], dense[rows, cols])
     compare(K[rows[:, None], cols[None]], dense[rows[:, None], cols[None]])
