@@ -163,6 +163,8 @@ class Engine(ABC):
         for columns in slices(which.shape[0], max(1, strip_bytes // max(1, num_rows + r * x2.shape[0]))):
             units = out.new_zeros(x2.shape[0] * r, columns.stop - columns.start)
             units[which[columns], torch.arange(units.shape[1], device=units.device)] = 1
+            if units.shape[1] == which.shape[0]:
+                return self.product(x1, x2, units)
             out[:, columns] = self.product(x1, x2, units)
         return out
 
