@@ -41,6 +41,8 @@ jobs = {
     "diagonal": lambda K, V: K.diagonal(),
     "half_gram": lambda K, V: K.half_gram(V),
     "to_dense": lambda K, V: K.to_dense(max_dense_bytes=2**40),
+    "rows": lambda K, V: K[torch.arange(0, K.shape[0], 17)].to_dense(),
+    "pivoted_cholesky": lambda K, V: K.pivoted_cholesky(5),
 }
 K = nl.ntk(net, x, engine=engine, memory_budget=budget).detach()
 V = torch.randn(K.shape[0], 16)
@@ -78,7 +80,7 @@ def _extra_bytes(num_examples: int, budget: int, what: str, kind: str, engine: s
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
 @pytest.mark.parametrize("engine", ["auto", "autodiff", "factors", "gram"])
 @pytest.mark.parametrize("kind", ["mlp", "conv"])
-@pytest.mark.parametrize("what", ["product", "diagonal", "half_gram", "to_dense"])
+@pytest.mark.parametrize("what", ["product", "diagonal", "half_gram", "to_dense", "rows", "pivoted_cholesky"])
 def test_peak_memory_stays_under_the_budget(what: str, kind: str, engine: str):
     budget = 80_000_000
     # Under so small a budget K is made of many tiles, each of which needs its rows of J anew.

@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from ntk_lazy.engines.chunks import ChunkRule, Chunks, slices
 from ntk_lazy.engines.contract import X1, X2, ColumnsFirst, Engine, ExampleRows, OtherBlock, Preflight
+from ntk_lazy.engines.cost import passes_of_product, tiles_of_rows
 from ntk_lazy.engines.flat import FlatLayout
 from ntk_lazy.engines.kept import KeptLinearisations
 from ntk_lazy.engines.linearisation import DoubleReverse, Linearisation, example_gradients, linearisation
@@ -40,10 +41,10 @@ class AutodiffEngine(Engine):
         self, model: FunctionalModel, layout: OutputLayout, *, preflight: Preflight, budget: int, chunk_size: int | None
     ) -> None:
         model = replace(model, has_private_buffers=preflight.writes_buffers, keeps_generators=preflight.draws_numbers)
-        super().__init__(model, layout)
+        super().__init__(model, layout, budget)
         self.preflight = preflight
         self.flat = FlatLayout.of(model.params)
-        self.budget, self.chunk_size = budget, chunk_size
+        self.chunk_size = chunk_size
         self._kept: KeptLinearisations | None = None
 
     @cached_property
@@ -120,6 +121,12 @@ class AutodiffEngine(Engine):
             else:
                 flat = torch.stack([self._rows_of_one(x[i : i + 1], cotangents) for i in range(x.shape[0])])
         return flat.reshape(x.shape[0], self.layout.rows_per_example, self.num_features)
+
+    @override
+    def _prefers_tiles(self, num_examples1: int, num_examples2: int, num_columns: int) -> bool:
+        return tiles_of_rows(
+            self.layout, num_examples1, num_examples2, repeats=len(self.row_chunks(num_examples1))
+        ) <= passes_of_product(self.layout, num_examples1 + num_examples2, num_columns)
 
     @override
     def chunks(self, num_examples: int, num_columns: int) -> Chunks:

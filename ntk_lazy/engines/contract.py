@@ -10,10 +10,10 @@ from functools import cached_property
 from typing import TypeAlias
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
-from ntk_lazy.engines.chunks import Chunks
+from ntk_lazy.engines.chunks import Chunks, slices
 from ntk_lazy.engines.coverage import Coverage
 from ntk_lazy.engines.derivatives import Derivatives
 from ntk_lazy.gemm import times_transposed
@@ -29,6 +29,10 @@ OtherBlock: TypeAlias = Float[Tensor, "n2 k"]
 ColumnsFirst: TypeAlias = Float[Tensor, "columns features"]
 GramMatrix: TypeAlias = Float[Tensor, "n1 n2"]
 ExampleRows: TypeAlias = Float[Tensor, "examples rows features"]
+RowIndex: TypeAlias = Int64[Tensor, " entries"]  # rows of all outputs of all examples
+Entries: TypeAlias = Float[Tensor, " entries"]
+
+_STRIP_SHARE = 0.125  # of the budget: entries of K that are written down beside those that are wanted
 
 
 @dataclass(frozen=True)
@@ -79,12 +83,18 @@ class Engine(ABC):
 
     Features are the columns of J: ``passes * P`` of them. Blocks of features have the columns first, so that
     each is one contiguous flat parameter vector (``passes`` of them in trace mode). Nothing here builds a graph
-    except ``rows`` and ``bilinear_gradient``.
+    except ``rows``, ``entries`` and ``bilinear_gradient``.
+
+    Attributes:
+        model: The model.
+        layout: Its rows of J.
+        budget: Bytes that may be held beside operands and result.
     """
 
-    def __init__(self, model: FunctionalModel, layout: OutputLayout) -> None:
+    def __init__(self, model: FunctionalModel, layout: OutputLayout, budget: int) -> None:
         self.model = model
         self.layout = layout
+        self.budget = budget
 
     @property
     def num_features(self) -> int:
@@ -146,6 +156,61 @@ class Engine(ABC):
                     right = left if x1 is x2 and i == j else self.rows(x2[j]).reshape(-1, self.num_features)
                     out[tall, wide] = times_transposed(left, right)
 
+    def columns(self, x1: Tensor, x2: Tensor, which: RowIndex) -> GramMatrix:
+        """Write down some columns of ``J1 J2ᵀ``, shape ``(rows of x1, columns)``. Builds no graph.
+
+        Args:
+            x1: Examples of the rows.
+            x2: Examples of the columns: those that the wanted ones belong to.
+            which: Rows of ``x2`` that are the columns, among all its outputs.
+
+        Cost: that of ``gram`` on these examples, or of a product with unit vectors, whichever is less.
+        """
+        r, num_rows = self.layout.rows_per_example, x1.shape[0] * self.layout.rows_per_example
+        out = torch.empty(num_rows, which.shape[0], dtype=self.model.dtype, device=self.model.device)
+        strip_bytes = int(_STRIP_SHARE * self.budget) // out.itemsize
+        if self._prefers_tiles(x1.shape[0], x2.shape[0], which.shape[0]):
+            for strip in slices(x1.shape[0], max(1, strip_bytes // max(1, r * r * x2.shape[0]))):
+                tile = out.new_empty((strip.stop - strip.start) * r, x2.shape[0] * r)
+                self.gram(x1 if tile.shape[0] == num_rows else x1[strip], x2, tile)
+                out[strip.start * r : strip.stop * r] = tile[:, which]
+            return out
+        for columns in slices(which.shape[0], max(1, strip_bytes // max(1, num_rows + r * x2.shape[0]))):
+            units = out.new_zeros(x2.shape[0] * r, columns.stop - columns.start)
+            units[which[columns], torch.arange(units.shape[1], device=units.device)] = 1
+            if units.shape[1] == which.shape[0]:
+                return self.product(x1, x2, units)
+            out[:, columns] = self.product(x1, x2, units)
+        return out
+
+    def entries(self, x1: Tensor, x2: Tensor, rows1: RowIndex, rows2: RowIndex) -> Entries:
+        """Read ``(J1 J2ᵀ)[rows1, rows2]`` pair by pair; follows the caller's grad mode.
+
+        Cost: the rows of J of both examples of each pair, in chunks; those of one example only where both are the same.
+        """
+        r = self.layout.rows_per_example
+        examples1, examples2 = rows1 // r, rows2 // r
+        is_same = x1 is x2 and torch.equal(examples1, examples2)
+        # Pairs that share both examples share the rows of J: sorted, they fall into one chunk.
+        pairs, place = torch.stack([examples1, examples2]).unique(dim=1, return_inverse=True)
+        found = torch.empty(0, dtype=self.model.dtype, device=self.model.device)
+        places = rows1.new_empty(0)
+        for chunk in self.row_chunks(pairs.shape[1]):
+            left = self.rows(x1[pairs[0, chunk]])
+            right = left if is_same else self.rows(x2[pairs[1, chunk]])
+            wanted = ((place >= chunk.start) & (place < chunk.stop)).nonzero().squeeze(1)
+            local = place[wanted] - chunk.start
+            if is_same and r == 1:
+                part = left.square().sum((1, 2))[local]
+            else:
+                part = _inner(left, right, local, rows1[wanted] % r, rows2[wanted] % r)
+            found, places = torch.cat([found, part]), torch.cat([places, wanted])
+        return found[places.argsort()]
+
+    @abstractmethod
+    def _prefers_tiles(self, num_examples1: int, num_examples2: int, num_columns: int) -> bool:
+        """Whether ``gram`` is cheaper than a product with so many columns."""
+
     @abstractmethod
     def chunks(self, num_examples: int, num_columns: int) -> Chunks:
         """Say in which chunks a product would go through examples and columns.
@@ -174,3 +239,10 @@ class Engine(ABC):
         Returns:
             q itself, and the gradient for each name (absent where q does not depend on it).
         """
+
+
+def _inner(left: ExampleRows, right: ExampleRows, example: Tensor, output1: Tensor, output2: Tensor) -> Entries:
+    """Take inner products of chosen rows, all outputs against all where that is not more work."""
+    if example.numel() >= left.shape[0] * left.shape[1]:
+        return torch.einsum("erf,esf->ers", left, right)[example, output1, output2]
+    return (left[example, output1] * right[example, output2]).sum(-1)

@@ -80,6 +80,10 @@ class CostModel:
         moved = _TOUCHES * (2 + q) * self.preflight.activation_bytes
         return examples * (self._forward * passes / self.rates.flops + moved / self.rates.bytes)
 
+    def products(self, columns: int) -> float:
+        """One product from factors that are there."""
+        return self.factors(columns, is_kept=True) - self.capture()
+
     def factors(self, columns: int, calls: int = 1, *, is_kept: bool, as_rows: Collection[str] = ()) -> float:
         """Products from factors, which are captured once if they are kept, of some parameters as rows of J."""
         q = self.layout.rows_per_example
@@ -97,6 +101,10 @@ class CostModel:
 
     def gram(self) -> float:
         """Writing K down, from factors that are captured for it."""
+        return self.tiles() + self.capture()
+
+    def tiles(self) -> float:
+        """Writing K down, from factors that are there."""
         q, (n1, n2) = self.layout.rows_per_example, self.num_examples
         half = 0.5 if self.is_symmetric else 1.0
         flops = moved = 0.0
@@ -113,7 +121,7 @@ class CostModel:
         if self.coverage.uncovered.keys() - self.coverage.by_rows:
             examples = n1 if self.is_symmetric else n1 + n2
             seconds += examples * (1 + 2 * q) * self._seconds_alone
-        return self.layout.passes * seconds + self.capture()
+        return self.layout.passes * seconds
 
     def kept_products(self, columns: int, calls: int = 1) -> float:
         """Products with a K that is there: by its operations or by reading it, whichever takes longer."""
@@ -146,6 +154,21 @@ class CostModel:
     def _rest(self, columns: int, calls: int) -> float:
         """Automatic differentiation for the parameters without factors: its passes go through all layers."""
         return self.autodiff(columns, calls) if self.coverage.uncovered.keys() - self.coverage.by_rows else 0.0
+
+
+def passes_of_product(layout: OutputLayout, num_examples: int, num_columns: int) -> float:
+    """Time of a product by automatic differentiation, in forward passes over one example."""
+    return (1 + 2.0 * num_columns * layout.passes) * num_examples / _SHARE_OF_RATE["autodiff"]
+
+
+def tiles_of_rows(layout: OutputLayout, num_examples1: int, num_examples2: int, *, repeats: int) -> float:
+    """The same of K from rows of J, those of the second examples made so many times.
+
+    A forward pass takes two operations for each parameter, and so does an entry of K.
+    """
+    q = layout.rows_per_example
+    rows = (1 + 2.0 * q * layout.passes) * (num_examples1 + repeats * num_examples2) / _SHARE_OF_RATE["single examples"]
+    return rows + layout.passes * num_examples1 * num_examples2 * q * q / _SHARE_OF_RATE["gram"]
 
 
 def _sizes(cost: LayerCost, itemsize: int) -> tuple[int, int, int, int]:

@@ -98,7 +98,7 @@ class Coverage:
             for edge, use in _uses(output, leaves, cotangents, wanted=wanted, dtype=model.dtype):
                 if use is None:
                     raise FactorMismatchError
-                found[edge.name].append(use.first(num_examples))
+                found[edge.name].append(use.at(slice(num_examples)))
 
         _with_graph(model, x, keep)
         return found

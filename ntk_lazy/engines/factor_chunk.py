@@ -36,6 +36,15 @@ class Chunk:
         """How many."""
         return self.examples.stop - self.examples.start
 
+    def within(self, stretch: slice) -> Chunk | None:
+        """The part that lies in a stretch of the examples, counted from where it begins; None if there is none."""
+        start, stop = max(self.examples.start, stretch.start), min(self.examples.stop, stretch.stop)
+        if start >= stop:
+            return None
+        own = slice(start - self.examples.start, stop - self.examples.start)
+        uses = tuple({name: [use.at(own) for use in found] for name, found in one.items()} for one in self.uses)
+        return Chunk(slice(start - stretch.start, stop - stretch.start), uses)
+
 
 def join(chunks: Iterable[Chunk], num_examples: int, allocate: Allocator | None = None) -> list[Chunk]:
     """Copy successive chunks that use their parameters alike into one, as they come.

@@ -180,14 +180,17 @@ class FactorStore:
         """Go through the factors of all examples, which are held or made anew each time.
 
         Args:
-            x: The examples.
+            x: The examples; also a stretch of those whose factors are held.
             is_held: Whether there is room for all, of which kind ever.
             together: Examples whose factors are held at once.
-            as_rows: Parameters whose rows of J are held instead; None where they are smaller.
+            as_rows: Parameters whose rows of J are wanted in place of factors; None for what is held already.
         """
-        as_rows = self._compact if as_rows is None else as_rows
         if not is_held:
             return lambda: self.capture(x, as_rows=self._compact)
+        part = self._part_of_kept(x, as_rows)
+        if part is not None:
+            return lambda: part
+        as_rows = self._compact if as_rows is None else as_rows
         key = (x.data_ptr(), x.shape, x.stride(), as_rows)
         if self._kept is not None and key in self._kept:
             held = self._kept[key][1]
@@ -210,6 +213,15 @@ class FactorStore:
                 uses |= {name: [_as_rows(uses[name])] for name in as_rows if uses[name]}
             yield Chunk(examples, tuple(factors))
 
+    def _part_of_kept(self, x: Tensor, as_rows: frozenset[str] | None) -> list[Chunk] | None:
+        """The factors of a stretch of the examples whose factors are held."""
+        for key, (whole, held) in (self._kept or {}).items():
+            start = _offset(x, whole)
+            if start is not None and as_rows in (None, key[-1]):
+                found = [chunk.within(slice(start, start + x.shape[0])) for chunk in held]
+                return [chunk for chunk in found if chunk is not None]
+        return None
+
     @cached_property
     def _compact(self) -> frozenset[str]:
         """Parameters whose rows are smaller than their factors."""
@@ -227,6 +239,16 @@ class FactorStore:
     @property
     def _slack(self) -> float:
         return slack(self.model.device.type)
+
+
+def _offset(x: Tensor, whole: Tensor) -> int | None:
+    """Where a tensor begins in another one, if it is a stretch of its examples."""
+    step = whole.stride(0)
+    is_view = x.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr() and x.dtype == whole.dtype
+    if not is_view or x.stride() != whole.stride() or x.shape[1:] != whole.shape[1:] or step == 0:
+        return None
+    start, remainder = divmod(int(x.storage_offset()) - int(whole.storage_offset()), step)
+    return start if remainder == 0 and 0 <= start <= whole.shape[0] - x.shape[0] else None
 
 
 def _as_rows(uses: list[Use]) -> Rows:

@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from ntk_lazy.engines.chunks import Chunks, is_same_view, slices
-from ntk_lazy.engines.contract import ColumnsFirst, Engine, ExampleRows, GramMatrix, OtherBlock
+from ntk_lazy.engines.contract import ColumnsFirst, Engine, Entries, ExampleRows, GramMatrix, OtherBlock, RowIndex
 from ntk_lazy.engines.scratch import Scratch
 from ntk_lazy.engines.written import WrittenKernel
 from ntk_lazy.errors import BudgetError
@@ -31,9 +31,8 @@ class GramEngine(Engine):
     """
 
     def __init__(self, inner: Engine, *, budget: int, max_dense_bytes: int, scratch: Scratch | None = None) -> None:
-        super().__init__(inner.model, inner.layout)
+        super().__init__(inner.model, inner.layout, budget)
         self.inner = inner
-        self.budget = budget
         self.max_dense_bytes = max_dense_bytes
         self.scratch = scratch
         # With the inputs: while these are held, no others can lie at the addresses that stand in the key.
@@ -81,6 +80,18 @@ class GramEngine(Engine):
     @override
     def gram(self, x1: Tensor, x2: Tensor, out: GramMatrix) -> None:
         self.inner.gram(x1, x2, out)
+
+    @override
+    def columns(self, x1: Tensor, x2: Tensor, which: RowIndex) -> GramMatrix:
+        return self.inner.columns(x1, x2, which)
+
+    @override
+    def entries(self, x1: Tensor, x2: Tensor, rows1: RowIndex, rows2: RowIndex) -> Entries:
+        return self.inner.entries(x1, x2, rows1, rows2)
+
+    @override
+    def _prefers_tiles(self, num_examples1: int, num_examples2: int, num_columns: int) -> bool:
+        return True
 
     @override
     def chunks(self, num_examples: int, num_columns: int) -> Chunks:

@@ -12,7 +12,16 @@ from typing_extensions import override
 
 from ntk_lazy.engines.autodiff import AutodiffEngine
 from ntk_lazy.engines.chunks import Chunks, is_same_view
-from ntk_lazy.engines.contract import ColumnsFirst, Engine, ExampleRows, GramMatrix, OtherBlock, Preflight
+from ntk_lazy.engines.contract import (
+    ColumnsFirst,
+    Engine,
+    Entries,
+    ExampleRows,
+    GramMatrix,
+    OtherBlock,
+    Preflight,
+    RowIndex,
+)
 from ntk_lazy.engines.cost import CostModel
 from ntk_lazy.engines.coverage import FactorMismatchError
 from ntk_lazy.engines.factors import FactorEngine
@@ -64,7 +73,7 @@ class PlannedEngine(Engine):
         chunk_size: int | None,
         scratch: Scratch | None = None,
     ) -> None:
-        super().__init__(model, layout)
+        super().__init__(model, layout, budget)
         self.preflight = preflight
         self.autodiff = AutodiffEngine(model, layout, preflight=preflight, budget=budget, chunk_size=chunk_size)
         self.factors: FactorEngine | None = None
@@ -177,7 +186,21 @@ class PlannedEngine(Engine):
 
     @override
     def gram(self, x1: Tensor, x2: Tensor, out: GramMatrix) -> None:
-        self._try(self._layers, lambda engine: engine.gram(x1, x2, out))
+        self._try(self._series or self._layers, lambda engine: engine.gram(x1, x2, out))
+
+    @override
+    def columns(self, x1: Tensor, x2: Tensor, which: RowIndex) -> GramMatrix:
+        chosen = self._series or self._for_columns(x1.shape[0], x2.shape[0], which.shape[0])
+        return self._try(self._begun(chosen), lambda engine: engine.columns(x1, x2, which))
+
+    @override
+    def entries(self, x1: Tensor, x2: Tensor, rows1: RowIndex, rows2: RowIndex) -> Entries:
+        chosen = self._series or self._layers
+        return self._try(self._begun(chosen), lambda engine: engine.entries(x1, x2, rows1, rows2))
+
+    @override
+    def _prefers_tiles(self, num_examples1: int, num_examples2: int, num_columns: int) -> bool:
+        return self._layers._prefers_tiles(num_examples1, num_examples2, num_columns)
 
     @override
     def chunks(self, num_examples: int, num_columns: int) -> Chunks:
@@ -201,12 +224,31 @@ class PlannedEngine(Engine):
     def _engine(self, x1: Tensor, x2: Tensor, columns: int) -> Engine:
         if self._series is not None:
             return self._series
-        calls = 1 if self._expected is None else max(1, round(self._expected / max(columns, 1)))
-        chosen = self._cheapest((x1.shape[0], x2.shape[0]), is_same_view(x1, x2), columns, calls)
-        if self._expected is not None:
-            self._context.enter_context(chosen.linearised(self._expected))
-            self._series = chosen
-        return chosen
+        calls = self._calls(columns)
+        return self._begun(self._cheapest((x1.shape[0], x2.shape[0]), is_same_view(x1, x2), columns, calls))
+
+    def _calls(self, columns: int) -> int:
+        """Calls that are expected, with so many columns each."""
+        return 1 if self._expected is None else max(1, round(self._expected / max(columns, 1)))
+
+    def _begun(self, engine: Engine) -> Engine:
+        """Stay with an engine for the rest of the series, if this is one."""
+        if self._expected is not None and self._series is None:
+            self._context.enter_context(engine.linearised(self._expected))
+            self._series = engine
+        return engine
+
+    def _for_columns(self, num_examples1: int, num_examples2: int, columns: int) -> Engine:
+        """Choose who writes columns of K down: layers, or automatic differentiation of unit vectors."""
+        if self.factors is None:
+            return self.autodiff
+        cost, calls = self._cost((num_examples1, num_examples2), False), self._calls(columns)
+        is_kept = calls > 1 and self.factors.store.keeps(num_examples1 + num_examples2)
+        # The side of the rows is the same in all calls.
+        layers = calls * min(cost.tiles(), cost.products(columns)) + cost.capture() * (1 if is_kept else calls)
+        if layers <= cost.autodiff(columns, calls, mode="forward-over-reverse"):
+            return self.factors
+        return self.factors if layers <= cost.autodiff(columns, calls) else self.autodiff
 
     def _cheapest(self, num_examples: tuple[int, int], is_symmetric: bool, columns: int, calls: int) -> Engine:
         """Choose as ``alternatives`` ranks; how the model differentiates is found out only where it could matter."""

@@ -93,8 +93,8 @@ class Use(ABC):
         """Write the rows of J down for one part."""
 
     @abstractmethod
-    def first(self, num_examples: int) -> Use:
-        """The same for the first examples of the chunk."""
+    def at(self, examples: slice) -> Use:
+        """The same for some examples of the chunk, without a copy."""
 
 
 @final
@@ -162,8 +162,8 @@ class Rows(Use):
         return self.R[:, :, which]
 
     @override
-    def first(self, num_examples: int) -> Rows:
-        return Rows(self.R[:num_examples])
+    def at(self, examples: slice) -> Rows:
+        return Rows(self.R[examples])
 
     def _pieces(self) -> Iterator[slice]:
         """Cut the chunk into pieces whose temporaries are small beside what is held."""
@@ -332,8 +332,8 @@ class Outer(Use):
         return replace(self, G=self.G[..., which]).as_rows().R
 
     @override
-    def first(self, num_examples: int) -> Outer:
-        return replace(self, source=self.source[:num_examples], G=self.G[:, :num_examples])
+    def at(self, examples: slice) -> Outer:
+        return replace(self, source=self.source[examples], G=self.G[:, examples])
 
     def _is_by_example(self, k: int) -> bool:
         q, S, o, i = self._sizes
@@ -423,8 +423,8 @@ class Lookup(Use):
         return replace(self, G=self.G[..., which]).rows()
 
     @override
-    def first(self, num_examples: int) -> Lookup:
-        return replace(self, tokens=self.tokens[:num_examples], G=self.G[:, :num_examples])
+    def at(self, examples: slice) -> Lookup:
+        return replace(self, tokens=self.tokens[examples], G=self.G[:, examples])
 
     def _pieces(self) -> Iterator[slice]:
         """Cut the chunk into pieces whose temporaries are small beside what is held."""
@@ -501,8 +501,8 @@ class Within(Use):
         return self.inner.part(which)
 
     @override
-    def first(self, num_examples: int) -> Within:
-        return replace(self, inner=self.inner.first(num_examples))
+    def at(self, examples: slice) -> Within:
+        return replace(self, inner=self.inner.at(examples))
 
 
 def relabelled(found: Sequence[list[Use]]) -> list[list[Use]]:

@@ -16,7 +16,7 @@ from ntk_lazy.engines.contract import Engine, OtherBlock
 from ntk_lazy.engines.flat import FlatLayout
 from ntk_lazy.errors import ArgumentError, ShapeError
 from ntk_lazy.operator.bilinear import BilinearGradient
-from ntk_lazy.operator.entries import dense, entries
+from ntk_lazy.operator.entries import block, entries
 from ntk_lazy.operator.side import Side
 from ntk_lazy.shapes import Block, ParameterBlock, SmallMatrix
 
@@ -134,7 +134,7 @@ class Gramian:
 
     def dense(self) -> Tensor:
         """Compute all of K, in the caller's grad mode."""
-        members = [dense(self.engine, side1, side2) for _, side1, side2 in self._members(self.batch_shape)]
+        members = [block(self.engine, side1, side2) for _, side1, side2 in self._members(self.batch_shape)]
         return self._scaled(torch.stack(members).reshape(self.shape))
 
     def bilinear(self, left: Tensor, right: Tensor, *, wrt: set[str]) -> BilinearGradient:

@@ -354,7 +354,7 @@ class NTKLinearOperator(LinearOperator):  # type: ignore[misc]  # linear_operato
 
     @override
     def to_dense(self, *, max_dense_bytes: int | None = None) -> Tensor:
-        """Write K down, from tiles of rows of J.
+        """Write K down, from tiles of factors or of rows of J; a few rows or columns by products where that is less.
 
         Args:
             max_dense_bytes: Refuse a larger K; None means what was given to ``ntk``, by default its memory budget.
@@ -377,6 +377,23 @@ class NTKLinearOperator(LinearOperator):  # type: ignore[misc]  # linear_operato
                 available_bytes=limit,
             )
         return write_down(self.representation_tree(), self.representation())
+
+    @override
+    def pivoted_cholesky(
+        self, rank: int, error_tol: float | None = None, return_pivots: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Factorise K approximately, from its diagonal and a row for each pivot; what rows share is kept meanwhile.
+
+        Args:
+            rank: Columns of the factor, at most.
+            error_tol: Stop where the trace of what is left, relative to the largest entry of the diagonal, is below it.
+            return_pivots: Whether to return the permutation too.
+
+        Returns:
+            L of shape ``(*batch, n, rank)``, ``K ≈ L Lᵀ``, differentiable.
+        """
+        with self.linearised(rank):
+            return super().pivoted_cholesky(rank, error_tol, return_pivots)
 
     @override
     def type(self, dtype: torch.dtype) -> LinearOperator:

@@ -13,6 +13,9 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 from typing_extensions import override
 
+# A pair of rows of J that are differentiated by themselves costs as much as so many examples in a block of columns.
+_PAIR_COST = 4
+
 
 def read_entries(tree: Callable[..., Any], index: tuple[Tensor, ...], tensors: Sequence[Tensor]) -> Tensor:
     """Read entries at index tensors ``(*batch, row, column)`` of one shape off the operator that ``tree`` builds."""
@@ -37,6 +40,8 @@ class _Entries(torch.autograd.Function):
     @staticmethod
     @override
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if _is_bilinear(ctx):
+            return (None, None, *_bilinear_gradients(ctx, grads[0]))
         tensors = _leaves(ctx)
         gramian = ctx.tree(*tensors).gramian
         asked = [t for t in tensors if t.requires_grad]
@@ -77,3 +82,30 @@ def _leaves(ctx: FunctionCtx) -> list[Tensor]:
         t.detach().requires_grad_(needed)
         for t, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[2:], strict=True)  # type: ignore[attr-defined]
     ]
+
+
+def _is_bilinear(ctx: Any) -> bool:
+    """Whether entries lie in so few rows or columns that to differentiate these as a whole is less work."""
+    *batch, rows, cols = ctx.index
+    if batch or not rows.numel():
+        return False
+    short = min(rows.unique().numel(), cols.unique().numel())
+    return short * sum(ctx.tree(*ctx.saved_tensors).shape) <= _PAIR_COST * rows.numel()
+
+
+def _bilinear_gradients(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    """Differentiate ``sum_d u_dᵀ K e_d`` over the columns that occur, or over the rows."""
+    operator = ctx.tree(*ctx.saved_tensors)
+    rows, cols = (i.reshape(-1) for i in ctx.index)
+    few_rows, few_cols = rows.unique(), cols.unique()
+    is_wide = few_rows.numel() < few_cols.numel()
+    few, along, across = (few_rows, rows, cols) if is_wide else (few_cols, cols, rows)
+    place = torch.searchsorted(few, along)
+    units = upstream.new_zeros(operator.shape[-2 if is_wide else -1], few.numel())
+    units[few, torch.arange(few.numel(), device=few.device)] = 1
+    weights = upstream.new_zeros(operator.shape[-1 if is_wide else -2], few.numel())
+    weights.index_put_((across, place), upstream.reshape(-1), accumulate=True)
+    gradients: tuple[Tensor | None, ...] = operator._bilinear_derivative(
+        *((units, weights) if is_wide else (weights, units))
+    )
+    return gradients

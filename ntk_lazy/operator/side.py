@@ -93,10 +93,9 @@ class Side:
         """Keep the rows of this side."""
         return Y if self.selected is None else Y[self.selected]
 
-    def positions(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Say which example each row belongs to, and which of the example's rows it is."""
-        rows = index if self.selected is None else self.selected[index]
-        return torch.div(rows, self.rows_per_example, rounding_mode="floor"), rows % self.rows_per_example
+    def among_all(self, index: Tensor) -> Tensor:
+        """Number rows among all outputs of all examples."""
+        return index if self.selected is None else self.selected[index]
 
     def _take(self, examples: Tensor) -> Tensor:
         count = examples.shape[0]
