@@ -79,9 +79,9 @@ class EngineSettings:
             return FactorEngine(
                 model, layout, preflight=preflight, budget=budget, chunk_size=size, scratch=self.scratch
             )
-        # One half of the budget for K, the other for what it is made of.
+        # One half of the budget for K, less than the other for what it is made of: allocators want their share.
         tiles = FactorEngine(
-            model, layout, preflight=preflight, budget=budget // 2, chunk_size=size, scratch=self.scratch
+            model, layout, preflight=preflight, budget=budget * 3 // 8, chunk_size=size, scratch=self.scratch
         )
         return GramEngine(tiles, budget=budget // 2, max_dense_bytes=limit, scratch=self.scratch)
 

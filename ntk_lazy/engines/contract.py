@@ -32,7 +32,7 @@ ExampleRows: TypeAlias = Float[Tensor, "examples rows features"]
 RowIndex: TypeAlias = Int64[Tensor, " entries"]  # rows of all outputs of all examples
 Entries: TypeAlias = Float[Tensor, " entries"]
 
-_STRIP_SHARE = 0.125  # of the budget: entries of K that are written down beside those that are wanted
+_STRIP_SHARE = 0.0625  # of the budget: entries of K that are written down beside those that are wanted
 
 
 @dataclass(frozen=True)

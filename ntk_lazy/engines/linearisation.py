@@ -88,6 +88,8 @@ class DoubleReverse(Linearisation):
         leaves = self._leaves()
 
         def columns(output: Tensor) -> list[tuple[Tensor | None, ...]]:
+            if not output.requires_grad:  # none of them is used
+                return [(None,) * len(leaves)] * len(U)
             return [
                 torch.autograd.grad(
                     output,
@@ -112,6 +114,8 @@ class DoubleReverse(Linearisation):
 
         def columns(output: Tensor) -> Tensor:
             with torch.enable_grad():
+                if not output.requires_grad:
+                    return output.new_zeros(_num_columns(W), *output.shape)
                 u = torch.zeros_like(output, requires_grad=True)
                 pulled = torch.autograd.grad(output, list(leaves.values()), u, create_graph=True, allow_unused=True)
             used = [(n, g) for n, g in zip(leaves, pulled, strict=True) if g is not None and g.requires_grad]

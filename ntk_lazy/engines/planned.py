@@ -84,9 +84,9 @@ class PlannedEngine(Engine):
                 model, layout, preflight=preflight, budget=budget, chunk_size=chunk_size, scratch=scratch
             )
             self.coverage = self.factors.coverage
-            # One half of the budget for K, the other for what it is made of.
+            # One half of the budget for K, less than the other for what it is made of: allocators want their share.
             tiles = FactorEngine(
-                model, layout, preflight=preflight, budget=budget // 2, chunk_size=chunk_size, scratch=scratch
+                model, layout, preflight=preflight, budget=budget * 3 // 8, chunk_size=chunk_size, scratch=scratch
             )
         self.gram_engine = GramEngine(tiles, budget=budget // 2, max_dense_bytes=max_dense_bytes, scratch=scratch)
         self.scratch = scratch
