@@ -56,15 +56,18 @@ class Float64:
 
 
 class Square(Float64, LinearOperatorTestCase):
+    dense = staticmethod(dense_from_tensors)
+
     def evaluate_linear_op(self, linear_op):
         for tensor in linear_op.representation():
             if tensor.is_floating_point() and not tensor.requires_grad:
                 tensor.requires_grad_(False)
         with torch.enable_grad():
             leaves = linear_op if linear_op.requires_grad else linear_op.detach().requires_grad_(True)
-            dense = dense_from_tensors(leaves)
+            dense = self.dense(leaves)
         return dense if linear_op.requires_grad else dense.detach()
 
 
 class Rectangular(Float64, RectangularLinearOperatorTestCase):
+    dense = staticmethod(dense_from_tensors)
     evaluate_linear_op = Square.evaluate_linear_op

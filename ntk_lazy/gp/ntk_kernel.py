@@ -155,7 +155,8 @@ class NTKKernel(Kernel):  # type: ignore[misc]  # gpytorch has no types
             return 1
         if self.num_outputs is not None:
             return self.num_outputs
-        return self._check(self._inputs.points(x1[..., :_CHECKED_EXAMPLES, :]), self._network()).num_outputs
+        network = self._network()
+        return self._check(self._points(x1[..., :_CHECKED_EXAMPLES, :], network), network).num_outputs
 
     @property
     @override
@@ -179,7 +180,8 @@ class NTKKernel(Kernel):  # type: ignore[misc]  # gpytorch has no types
     @override
     def expand_batch(self, *sizes: Any) -> NTKKernel:
         shape = torch.Size(sizes[0] if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes)
-        if torch.broadcast_shapes(shape, self._batch_shape) != shape:
+        own = (1,) * (len(shape) - len(self._batch_shape)) + tuple(self._batch_shape)
+        if len(own) > len(shape) or any(size not in (1, new) for size, new in zip(own, shape, strict=True)):
             raise ShapeError(f"a kernel with batch shape {tuple(self._batch_shape)} does not expand to {tuple(shape)}.")
         return self._with_batch_shape(shape)
 
@@ -234,18 +236,21 @@ class NTKKernel(Kernel):  # type: ignore[misc]  # gpytorch has no types
 
     def _at(self, x1: Tensor, x2: Tensor) -> NTKLinearOperator:
         """K between two sets of inputs; square where they are known to be the same."""
-        network, points = self._network(), [self._inputs.points(x1)]
-        for x in (x1, x2):
-            if x.device != network.device:
-                raise ShapeError(
-                    f"inputs are on {x.device} and the network is on {network.device}; move one of them with .to()."
-                )
-        checked = self._check(points[0], network)
-        if x1 is not x2:
-            other = self._inputs.points(x2)
-            side1, side2 = (Side(p, None, self._inputs.input_dims, checked.num_outputs) for p in (points[0], other))
-            points += [] if side1.is_same(side2) else [other]
-        return checked.at(*points, model=network)
+        network = self._network()
+        points = self._points(x1, network)
+        checked = self._check(points, network)
+        if x1 is x2:
+            return checked.at(points, model=network)
+        others = self._points(x2, network)
+        rows, columns = (Side(x, None, self._inputs.input_dims, checked.num_outputs) for x in (points, others))
+        return checked.at(points, None if rows.is_same(columns) else others, model=network)
+
+    def _points(self, x: Tensor, network: FunctionalModel) -> Tensor:
+        if x.device != network.device:
+            raise ShapeError(
+                f"inputs are on {x.device} and the network is on {network.device}; move one of them with .to()."
+            )
+        return self._inputs.points(x)
 
     def _network(self) -> FunctionalModel:
         """The network with the tensors of now; cut off from their gradients unless it is trained."""
