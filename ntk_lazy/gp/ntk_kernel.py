@@ -109,8 +109,13 @@ class NTKKernel(Kernel):  # type: ignore[misc]  # gpytorch has no types
             "max_dense_bytes": max_dense_bytes,
             "chunk_size": chunk_size,
         }
-        budget = parse_budget(memory_budget, chosen.device)
-        EngineSettings(engine=engine, memory_budget=budget, max_dense_bytes=budget, chunk_size=chunk_size)
+        # Made to be checked before any data are there: with the first inputs ``ntk`` makes its own.
+        EngineSettings(
+            engine=engine,
+            memory_budget=parse_budget(memory_budget, chosen.device),
+            max_dense_bytes=max_dense_bytes or 0,
+            chunk_size=chunk_size,
+        )
         self._refuse_half()
         self._checked: dict[object, NTKLinearOperator] = {}
 
@@ -255,8 +260,12 @@ class NTKKernel(Kernel):  # type: ignore[misc]  # gpytorch has no types
     def _network(self) -> FunctionalModel:
         """The network with the tensors of now; cut off from their gradients unless it is trained."""
         self._refuse_half()
+        names = set(self._names)
         network = FunctionalModel.from_module(
-            self.model, params=list(self._names), input_fn=self._inputs.dataset, output_fn=self._output_fn
+            self.model,
+            params=lambda name, _: name in names,
+            input_fn=self._inputs.dataset,
+            output_fn=self._output_fn,
         )
         if self.trainable:
             return network
@@ -288,11 +297,11 @@ class NTKKernel(Kernel):  # type: ignore[misc]  # gpytorch has no types
         try:
             checked = ntk(network, few, outputs=self._outputs, **self._options)  # type: ignore[arg-type]
         except UnsupportedModuleError as error:
-            if not any(module.training for module in self.model.modules()):
+            if "model.eval()" not in str(error):
                 raise
             raise UnsupportedModuleError(
-                f"{error} The model is the network here, which is in train mode: call eval() on the network itself, as "
-                "train() and eval() of a Gaussian process leave it alone."
+                f"{error} Here that is eval() on the network itself: train() and eval() of a Gaussian process leave it "
+                "in the mode that it has."
             ) from error
         except (NTKLazyError, torch.OutOfMemoryError):
             raise

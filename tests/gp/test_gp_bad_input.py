@@ -95,8 +95,9 @@ def test_a_faulty_network_is_named_by_the_check_of_ntk():
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) - super().forward(x).mean(0)
 
-    with pytest.raises(nl.UnsupportedModuleError, match="example"):
-        NTKKernel(Coupled(3, 2).eval())(X).evaluate_kernel()
+    with pytest.raises(nl.UnsupportedModuleError, match="example") as caught:
+        NTKKernel(Coupled(3, 2).train())(X).evaluate_kernel()
+    assert "eval()" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -109,6 +110,7 @@ def test_a_faulty_network_is_named_by_the_check_of_ntk():
         ({"outputs": "all"}, "outputs must be"),
         ({"engine": "fast"}, "engine must be one of"),
         ({"chunk_size": 0}, "chunk_size must be"),
+        ({"max_dense_bytes": -1}, "max_dense_bytes must not"),
         ({"memory_budget": "much"}, "memory_budget"),
         ({"output_fn": 1}, "output_fn must be"),
     ],

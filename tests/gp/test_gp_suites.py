@@ -19,6 +19,7 @@ from linear_operator.operators import (
 from suites import Float64, Square, dense_from_tensors
 from torch import Tensor, nn
 
+import ntk_lazy as nl
 from ntk_lazy.gp import NTKKernel
 
 # The suites test solvers by sampling, and densify on purpose where their subject is small.
@@ -89,6 +90,13 @@ def _kernel(num_outputs: int = 1, batch_shape: tuple[int, ...] = ()) -> ScaleKer
     if batch_shape:
         kernel.outputscale = torch.tensor([0.7, 1.4])
     return kernel
+
+
+class TestScaled(Square, unittest.TestCase):
+    def create_linear_op(self):
+        op = _kernel()(_inputs(5, 3)).evaluate_kernel()
+        assert isinstance(op, nl.NTKLinearOperator)
+        return op
 
 
 class TestScaledByBatch(Square, unittest.TestCase):
