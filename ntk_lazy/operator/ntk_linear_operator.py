@@ -382,7 +382,7 @@ class NTKLinearOperator(LinearOperator):  # type: ignore[misc]  # linear_operato
             max_dense_bytes: Refuse a larger K; None means what was given to ``ntk``, by default its memory budget.
 
         Returns:
-            Shape ``(*batch, n1, n2)``, differentiable; nothing is kept for the backward pass.
+            Shape ``(*batch, n1, n2)``, differentiable; nothing but K is kept for the backward pass, and that for a scale.
 
         Cost: ``2 n1 n2 P`` flops, half of that for a symmetric K, and the rows of J once for each tile.
 
@@ -398,6 +398,11 @@ class NTKLinearOperator(LinearOperator):  # type: ignore[misc]  # linear_operato
                 requested_bytes=size,
                 available_bytes=limit,
             )
+        scale = self._gramian.scale
+        if scale is not None and scale.requires_grad:
+            # Its gradient comes from the entries, where a backward pass through K takes products with n columns.
+            unscaled = self.__class__(*self._args, **(self._kwargs | {"scale": None}))
+            return write_down(unscaled.representation_tree(), unscaled.representation()) * scale
         return write_down(self.representation_tree(), self.representation())
 
     @override
