@@ -382,7 +382,7 @@ class NTKLinearOperator(LinearOperator):  # type: ignore[misc]  # linear_operato
             max_dense_bytes: Refuse a larger K; None means what was given to ``ntk``, by default its memory budget.
 
         Returns:
-            Shape ``(*batch, n1, n2)``, differentiable; nothing but K is kept for the backward pass, and that for a scale.
+            Shape ``(*batch, n1, n2)``, differentiable; nothing but K, for a scale, is kept for the backward pass.
 
         Cost: ``2 n1 n2 P`` flops, half of that for a symmetric K, and the rows of J once for each tile.
 
