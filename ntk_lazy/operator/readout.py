@@ -76,6 +76,8 @@ class _Total:
         self._found: list[Tensor | None] = [None] * len(self._asked)
 
     def add(self, term: Tensor) -> None:
+        if not term.requires_grad:
+            return  # rows of J that are constant, as those of a linear model
         parts = torch.autograd.grad(term, self._asked, allow_unused=True)
         self._found = [p if t is None else t if p is None else t + p for t, p in zip(self._found, parts, strict=True)]
 

@@ -14,6 +14,7 @@ from oracle import defect, dense_jacobian
 from torch import Tensor, nn
 
 from ntk_lazy.gp import NTKKernel
+from ntk_lazy.operator.gramian import Gramian
 from ntk_lazy.operator.ntk_linear_operator import NTKLinearOperator
 
 # GPyTorch reads numbers in float32, so that others would be rounded.
@@ -178,3 +179,14 @@ def test_a_process_is_restored_from_its_state():
         expected = gp(z).mean
         assert torch.equal(other(z).mean, expected)
         assert torch.equal(twin(z).mean, expected)
+
+
+def test_training_a_scale_differentiates_no_network(monkeypatch):
+    def refuse(self, *args, **options):
+        raise AssertionError("the network was differentiated twice")
+
+    for name in ("bilinear", "weighted_rows"):
+        monkeypatch.setattr(Gramian, name, refuse)
+    gp = _Regression(_inputs(12, 3), _inputs(12, seed=3), NTKKernel(_network())).train()
+    gpytorch.mlls.ExactMarginalLogLikelihood(gp.likelihood, gp)(gp(*gp.train_inputs), gp.train_targets).backward()
+    assert gp.covar_module.raw_outputscale.grad.abs() > 0
