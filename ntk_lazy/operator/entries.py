@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
@@ -68,20 +66,6 @@ def dense(engine: Engine, side1: Side, side2: Side) -> Tensor:
     engine.gram(side1.x, side2.x, full)
     full = full if side1.selected is None else full[side1.selected]
     return full if side2.selected is None else full[:, side2.selected]
-
-
-@ieee_precision()
-def weighted_rows(engine: Engine, side1: Side, side2: Side, G: Tensor) -> Iterator[Tensor]:
-    """Give ``⟨J1, G J2⟩`` in one scalar for each chunk of rows of J1, with a graph over that chunk alone."""
-    r = side1.rows_per_example
-    for chunk in engine.row_chunks(side1.num_examples):
-        with torch.no_grad():
-            mixed = torch.zeros((), dtype=G.dtype, device=G.device)
-            for other in engine.row_chunks(side2.num_examples):
-                tile = G[chunk.start * r : chunk.stop * r, other.start * r : other.stop * r]
-                mixed = mixed + tile @ engine.rows(side2.x[other]).flatten(0, 1)
-        with torch.enable_grad():
-            yield (engine.rows(side1.x[chunk]).flatten(0, 1) * mixed).sum()
 
 
 def _block(engine: Engine, side1: Side, side2: Side, rows: Tensor, cols: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from ntk_lazy.engines.contract import Engine, OtherBlock
 from ntk_lazy.engines.flat import FlatLayout
 from ntk_lazy.errors import ArgumentError, ShapeError
 from ntk_lazy.operator.bilinear import BilinearGradient
-from ntk_lazy.operator.entries import dense, entries, weighted_rows
+from ntk_lazy.operator.entries import dense, entries
 from ntk_lazy.operator.side import Side
 from ntk_lazy.shapes import Block, ParameterBlock, SmallMatrix
 
@@ -136,29 +136,6 @@ class Gramian:
         """Compute all of K, in the caller's grad mode."""
         members = [dense(self.engine, side1, side2) for _, side1, side2 in self._members(self.batch_shape)]
         return self._scaled(torch.stack(members).reshape(self.shape))
-
-    def weighted_rows(self, weights: Tensor) -> Iterator[Tensor]:
-        """Give scalars with graphs, whose gradients add up to that of ``sum_ij g_ij K_ij``, with scale fixed.
-
-        The gradient is that of ``⟨J1, G J2⟩`` with the right side fixed, and of ``⟨J2, Gᵀ J1⟩``: each a sum over rows,
-        where ``bilinear`` would push one column of G at a time through all examples.
-
-        Args:
-            weights: G, shape ``(*batch, n1, n2)``.
-
-        Cost: ``4 n1 n2 P`` flops, half of that for a symmetric K, and the rows of J once for each tile; one chunk of
-            rows at a time with its graph.
-        """
-        weights = weights if self.scale is None else weights * self.scale.detach()
-        with torch.enable_grad():  # the inputs of a member are views, through which theirs get a gradient
-            members = list(self._members(self.batch_shape))
-        for index, side1, side2 in members:
-            G = side2.scatter(side1.scatter(weights[index]).mT).mT
-            if side1 is side2:
-                yield from weighted_rows(self.engine, side1, side2, G + G.mT)
-            else:
-                yield from weighted_rows(self.engine, side1, side2, G)
-                yield from weighted_rows(self.engine, side2, side1, G.mT)
 
     def bilinear(self, left: Tensor, right: Tensor, *, wrt: set[str]) -> BilinearGradient:
         """Differentiate ``sum_d left_dᵀ J1 J2ᵀ right_d``, summed over batches, in parameters and inputs.

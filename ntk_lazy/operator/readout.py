@@ -37,18 +37,23 @@ class _Entries(torch.autograd.Function):
     @staticmethod
     @override
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        tensors = _leaves(ctx, ctx.needs_input_grad[2:])
-        gramian, total = ctx.tree(*tensors).gramian, _Total(tensors)
+        tensors = _leaves(ctx)
+        gramian = ctx.tree(*tensors).gramian
+        asked = [t for t in tensors if t.requires_grad]
+        total: list[Tensor | None] = [None] * len(asked)
         upstream = grads[0].reshape(-1)
         flat = [i.reshape(-1) for i in ctx.index]
         for chunk in gramian.engine.row_chunks(upstream.shape[0]):
             with torch.enable_grad():
-                total.add((gramian.entries(*(i[chunk] for i in flat)) * upstream[chunk]).sum())
-        return (None, None, *total.gradients())
+                weighted = (gramian.entries(*(i[chunk] for i in flat)) * upstream[chunk]).sum()
+            parts = torch.autograd.grad(weighted, asked, allow_unused=True)
+            total = [p if t is None else t if p is None else t + p for t, p in zip(total, parts, strict=True)]
+        found = iter(total)
+        return (None, None, *(next(found) if t.requires_grad else None for t in tensors))
 
 
 class _Dense(torch.autograd.Function):
-    """All of K; its gradient is that of ``sum_ij g_ij K_ij``, with the scale fixed."""
+    """All of K; its gradient is that of ``sum_j g_jᵀ K e_j``."""
 
     @staticmethod
     @override
@@ -60,34 +65,15 @@ class _Dense(torch.autograd.Function):
     @staticmethod
     @override
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        tensors = _leaves(ctx, ctx.needs_input_grad[1:])
-        total = _Total(tensors)
-        for part in ctx.tree(*tensors).gramian.weighted_rows(grads[0]):
-            total.add(part)
-        return (None, *total.gradients())
+        operator = ctx.tree(*ctx.saved_tensors)
+        (upstream,) = grads
+        eye = torch.eye(upstream.shape[-1], dtype=upstream.dtype, device=upstream.device)
+        return (None, *operator._bilinear_derivative(upstream, eye.expand(*upstream.shape[:-2], *eye.shape)))
 
 
-class _Total:
-    """The gradient of a sum whose terms come one by one, each with a graph of its own."""
-
-    def __init__(self, tensors: list[Tensor]) -> None:
-        self._tensors = tensors
-        self._asked = [t for t in tensors if t.requires_grad]
-        self._found: list[Tensor | None] = [None] * len(self._asked)
-
-    def add(self, term: Tensor) -> None:
-        if not term.requires_grad:
-            return  # rows of J that are constant, as those of a linear model
-        parts = torch.autograd.grad(term, self._asked, allow_unused=True)
-        self._found = [p if t is None else t if p is None else t + p for t, p in zip(self._found, parts, strict=True)]
-
-    def gradients(self) -> list[Tensor | None]:
-        """For each tensor, None where none was asked for or the sum does not depend on it."""
-        found = iter(self._found)
-        return [next(found) if t.requires_grad else None for t in self._tensors]
-
-
-def _leaves(ctx: FunctionCtx, needed: Sequence[bool]) -> list[Tensor]:
+def _leaves(ctx: FunctionCtx) -> list[Tensor]:
     """Cut the saved tensors off from the graph that they came from, so that only their own gradients are computed."""
-    saved = ctx.saved_tensors  # type: ignore[attr-defined]
-    return [t.detach().requires_grad_(is_needed) for t, is_needed in zip(saved, needed, strict=True)]
+    return [
+        t.detach().requires_grad_(needed)
+        for t, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[2:], strict=True)  # type: ignore[attr-defined]
+    ]
