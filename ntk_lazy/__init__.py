@@ -1,5 +1,8 @@
 """The empirical neural tangent kernel of any PyTorch model, lazily, with eigenpairs one can trust."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from ntk_lazy.alignment import (
     kernel_distance,
     kernel_target_alignment,
@@ -77,3 +80,13 @@ __all__ = [
     "subspace_overlap",
     "trace",
 ]
+
+if TYPE_CHECKING:
+    from ntk_lazy import gp as gp
+else:
+
+    def __getattr__(name: str) -> Any:
+        """Import ``ntk_lazy.gp`` where it is first used: most programs do without GPyTorch."""
+        if name == "gp":
+            return importlib.import_module("ntk_lazy.gp")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

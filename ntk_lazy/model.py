@@ -24,6 +24,7 @@ from ntk_lazy.errors import ArgumentError, ShapeError, UnsupportedModuleError
 from ntk_lazy.precision import differentiable_weight_norm, has_weight_norm
 
 ParameterChoice: TypeAlias = str | Sequence[str] | Callable[[str, Tensor], bool] | None
+InputFunction: TypeAlias = Callable[[Tensor], Tensor]
 OutputFunction: TypeAlias = Callable[[Any], Tensor]
 ParameterFunction: TypeAlias = Callable[[dict[str, Tensor], Tensor], Any]
 Result = TypeVar("Result")
@@ -66,17 +67,19 @@ class ModelCall:
     those on all that it holds, and would move the user's module.
     """
 
-    __slots__ = ("_aliases", "_function", "_has_weight_norm", "_module", "_output_fn")
+    __slots__ = ("_aliases", "_function", "_has_weight_norm", "_input_fn", "_module", "_output_fn")
 
     def __init__(
         self,
         *,
         module: nn.Module | None = None,
         function: ParameterFunction | None = None,
+        input_fn: InputFunction | None = None,
         output_fn: OutputFunction | None = None,
     ) -> None:
         self._module = module
         self._function = function
+        self._input_fn = input_fn
         self._output_fn = output_fn
         self._has_weight_norm = module is not None and has_weight_norm(module)
         self._aliases = {} if module is None else _aliases(module)
@@ -90,7 +93,7 @@ class ModelCall:
         return self._module
 
     def raw(self, tensors: dict[str, Tensor], x: Tensor, then: Callable[[Any], Any] | None = None) -> Any:
-        """Return what the model returns, after ``output_fn``; and after ``then``, while it still holds the tensors.
+        """Return what the model returns for ``x``, after ``output_fn``; and after ``then``, while it holds the tensors.
 
         Activation checkpointing runs a part of the module again in the backward pass: a backward pass that takes
         place in ``then`` finds the tensors there that the forward pass had, not the module's own.
@@ -100,6 +103,7 @@ class ModelCall:
             output = returned if self._output_fn is None else self._output_fn(returned)
             return output if then is None else then(output)
 
+        x = x if self._input_fn is None else as_ieee(self._input_fn(x))
         if self._module is None:
             assert self._function is not None
             return finish(self._function(tensors, x))
@@ -195,7 +199,12 @@ class FunctionalModel:
 
     @classmethod
     def from_module(
-        cls, model: nn.Module, *, params: ParameterChoice = None, output_fn: OutputFunction | None = None
+        cls,
+        model: nn.Module,
+        *,
+        params: ParameterChoice = None,
+        input_fn: InputFunction | None = None,
+        output_fn: OutputFunction | None = None,
     ) -> Self:
         """Take a module apart; which parameters make up J does not depend on their ``requires_grad``.
 
@@ -204,6 +213,7 @@ class FunctionalModel:
                 optimiser step is seen by the next call.
             params: None for all floating-point parameters, names or glob patterns, or a predicate on
                 ``(name, parameter)``. A tied parameter answers to each of its names.
+            input_fn: Makes what the module takes of what stands for some examples, such as their numbers in a data set.
             output_fn: Applied to what the module returns, for modules that return dicts or tuples.
 
         Raises:
@@ -219,7 +229,7 @@ class FunctionalModel:
         everything = dict(model.named_parameters())
         buffers = {n: as_ieee(b.detach()) for n, b in model.named_buffers()}
         return cls(
-            call=ModelCall(module=model, output_fn=output_fn),
+            call=ModelCall(module=model, input_fn=input_fn, output_fn=output_fn),
             params={n: as_ieee(p) for n, p in everything.items() if n in chosen},
             constants={n: as_ieee(p) for n, p in everything.items() if n not in chosen} | buffers,
             buffer_names=frozenset(buffers),

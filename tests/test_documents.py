@@ -73,7 +73,7 @@ def _check_output(where: str, printed: str, shown: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["README.md", "docs/tutorial.md", "docs/how-it-fits.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/tutorial.md", "docs/how-it-fits.md", "docs/gp.md"])
 def test_every_block_of_python_runs_and_prints_what_the_page_shows(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     compared = _run(ROOT / name)
@@ -93,8 +93,10 @@ def test_examples_in_docstrings_do_what_they_say():
 
 def test_every_public_name_has_an_entry_in_the_reference_and_no_entry_is_of_another_name():
     text = "\n".join(page.read_text(encoding="utf-8") for page in (DOCS / "reference").glob("*.md"))
-    entries = re.findall(r"^\.\. auto(?:class|function|exception):: ntk_lazy\.(\w+)(?:\(\))?$", text, re.MULTILINE)
-    assert sorted(entries) == sorted(ntk_lazy.__all__)
+    entries = re.findall(
+        r"^\.\. auto(?:class|function|exception):: ntk_lazy\.((?:gp\.)?\w+)(?:\(\))?$", text, re.MULTILINE
+    )
+    assert sorted(entries) == sorted([*ntk_lazy.__all__, *(f"gp.{name}" for name in ntk_lazy.gp.__all__)])
 
 
 def _commands() -> dict[str, argparse.ArgumentParser]:

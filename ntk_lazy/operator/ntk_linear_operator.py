@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from math import prod
 from typing import Any, Self, cast, final
@@ -10,7 +10,7 @@ from typing import Any, Self, cast, final
 import numpy as np
 import torch
 from jaxtyping import Float64
-from linear_operator.operators import LinearOperator
+from linear_operator.operators import LinearOperator, RootLinearOperator, SumLinearOperator
 from torch import Tensor
 from typing_extensions import override
 
@@ -97,8 +97,6 @@ class NTKLinearOperator(LinearOperator):  # type: ignore[misc]  # linear_operato
         settings: EngineSettings,
     ) -> Self:
         """Build the operator from the parts that ``ntk`` has checked; ``side2=None`` makes it square."""
-        tensors = {_PARAM + n: t for n, t in model.params.items()}
-        tensors |= {(_BUFFER if n in model.buffer_names else _CONSTANT) + n: t for n, t in model.constants.items()}
         return cls(
             *([side1.x] if side2 is None else [side1.x, side2.x]),
             call=model.call,
@@ -109,7 +107,7 @@ class NTKLinearOperator(LinearOperator):  # type: ignore[misc]  # linear_operato
             order=tuple(model.params),
             rows1=side1.selected,
             rows2=None if side2 is None else side2.selected,
-            **tensors,
+            **_tensors(model),
         )
 
     # What the operator is.
@@ -251,10 +249,19 @@ class NTKLinearOperator(LinearOperator):  # type: ignore[misc]  # linear_operato
         """
         return self._gramian.parameter_energies(V)
 
-    def at(self, x1: Tensor | np.ndarray | Probes, x2: Tensor | np.ndarray | Probes | None = None) -> NTKLinearOperator:
+    def at(
+        self,
+        x1: Tensor | np.ndarray | Probes,
+        x2: Tensor | np.ndarray | Probes | None = None,
+        *,
+        model: FunctionalModel | None = None,
+    ) -> NTKLinearOperator:
         """The same kernel at other points: square at ``x1``, or between ``x1`` and ``x2``.
 
-        One example without its leading dimension is one point.
+        Args:
+            x1: Points of the rows. One example without its leading dimension is one point.
+            x2: Points of the columns.
+            model: The same model with other tensors of the same names, dtype and device; None for those of now.
         """
         old = self._gramian.side1
         example = old.x.shape[old.axis + 1 :]
@@ -268,7 +275,7 @@ class NTKLinearOperator(LinearOperator):  # type: ignore[misc]  # linear_operato
                     "put the number of examples in front."
                 )
             sides.append(None if x is None else Side(x, None, old.example_dims, old.rows_per_example))
-        return self._rebuild(cast(Side, sides[0]), sides[1])
+        return self._rebuild(cast(Side, sides[0]), sides[1], tensors={} if model is None else _tensors(model))
 
     # The contract of linear_operator.
 
@@ -338,6 +345,23 @@ class NTKLinearOperator(LinearOperator):  # type: ignore[misc]  # linear_operato
         return self._rebuild(self._gramian.side1, self._gramian.side2, scale=scale if old is None else scale * old)
 
     @override
+    def mul(self, other: float | Tensor | LinearOperator) -> LinearOperator:
+        if isinstance(other, Tensor) and other.shape[-2:] == (1, 1):
+            # One number for each kernel of a batch; linear_operator takes it for a matrix where K has no such batch,
+            # and would write K down.
+            batch = torch.broadcast_shapes(self.batch_shape, other.shape[:-2])
+            if other.numel() > 1 and batch != self.batch_shape:
+                return self._expand_batch(batch)._mul_constant(other[..., 0, 0].expand(batch))
+        return super().mul(other)
+
+    @override
+    def __add__(self, other: Any) -> LinearOperator | Tensor:
+        if isinstance(other, RootLinearOperator):
+            # linear_operator 0.6 takes a root of K first, as if all that follows were solves.
+            return SumLinearOperator(self, other)
+        return super().__add__(other)
+
+    @override
     def _bilinear_derivative(self, left_vecs: Tensor, right_vecs: Tensor) -> tuple[Tensor | None, ...]:
         names = [*("x1", "x2")[: len(self._args)], *self._differentiable_kwargs]
         asked = {n for n, t in zip(names, self.representation(), strict=True) if t.requires_grad and n[:2] != _BUFFER}
@@ -360,7 +384,7 @@ class NTKLinearOperator(LinearOperator):  # type: ignore[misc]  # linear_operato
             max_dense_bytes: Refuse a larger K; None means what was given to ``ntk``, by default its memory budget.
 
         Returns:
-            Shape ``(*batch, n1, n2)``, differentiable; nothing is kept for the backward pass.
+            Shape ``(*batch, n1, n2)``, differentiable; nothing but K, for a scale, is kept for the backward pass.
 
         Cost: ``2 n1 n2 P`` flops, half of that for a symmetric K, and the rows of J once for each tile.
 
@@ -376,6 +400,11 @@ class NTKLinearOperator(LinearOperator):  # type: ignore[misc]  # linear_operato
                 requested_bytes=size,
                 available_bytes=limit,
             )
+        scale = self._gramian.scale
+        if scale is not None and scale.requires_grad:
+            # Its gradient comes from the entries, where a backward pass through K takes products with n columns.
+            unscaled = self.__class__(*self._args, **(self._kwargs | {"scale": None}))
+            return write_down(unscaled.representation_tree(), unscaled.representation()) * scale
         return write_down(self.representation_tree(), self.representation())
 
     @override
@@ -411,8 +440,15 @@ class NTKLinearOperator(LinearOperator):  # type: ignore[misc]  # linear_operato
         """The numbers beneath the operator, for the backward passes of what is read off it."""
         return self._gramian
 
-    def _rebuild(self, side1: Side, side2: Side | None, *, scale: Tensor | None = None) -> NTKLinearOperator:
-        kwargs = dict(self._kwargs)
+    def _rebuild(
+        self,
+        side1: Side,
+        side2: Side | None,
+        *,
+        scale: Tensor | None = None,
+        tensors: Mapping[str, Tensor] | None = None,
+    ) -> NTKLinearOperator:
+        kwargs = self._kwargs | (tensors or {})
         kwargs |= {"rows1": side1.selected, "rows2": None if side2 is None else side2.selected}
         kwargs["scale"] = self._gramian.scale if scale is None else scale
         return self.__class__(*([side1.x] if side2 is None else [side1.x, side2.x]), **kwargs)
@@ -427,3 +463,9 @@ class NTKLinearOperator(LinearOperator):  # type: ignore[misc]  # linear_operato
     def _map_tensors(self, change: Callable[[Tensor], Tensor]) -> NTKLinearOperator:
         kwargs: dict[str, Any] = {n: change(v) if isinstance(v, Tensor) else v for n, v in self._kwargs.items()}
         return self.__class__(*(change(x) for x in self._args), **kwargs)
+
+
+def _tensors(model: FunctionalModel) -> dict[str, Tensor]:
+    """Name the tensors of a model as the representation of the operator has them."""
+    tensors = {_PARAM + n: t for n, t in model.params.items()}
+    return tensors | {(_BUFFER if n in model.buffer_names else _CONSTANT) + n: t for n, t in model.constants.items()}
