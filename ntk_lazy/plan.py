@@ -15,6 +15,7 @@ from ntk_lazy.engines.chunks import Chunks
 from ntk_lazy.engines.contract import Engine, Preflight
 from ntk_lazy.engines.factors import FactorEngine
 from ntk_lazy.engines.gram import GramEngine
+from ntk_lazy.engines.kept_root import KeptRoot
 from ntk_lazy.engines.planned import Alternative, PlannedEngine
 from ntk_lazy.engines.scratch import Scratch
 from ntk_lazy.errors import ArgumentError
@@ -38,6 +39,7 @@ class EngineSettings:
         max_dense_bytes: The largest K that may be written down.
         chunk_size: Examples in a chunk, or None to derive it from the budget.
         scratch: Where what is kept goes that does not fit the budget, or None.
+        root: That of the last preconditioner; here, because operators come and go and settings stay.
     """
 
     engine: EngineName
@@ -45,6 +47,7 @@ class EngineSettings:
     max_dense_bytes: int
     chunk_size: int | None
     scratch: Scratch | None = None
+    root: KeptRoot = field(default_factory=KeptRoot, compare=False, repr=False)
     _running: list[Engine] = field(default_factory=list, compare=False, repr=False)
 
     def __post_init__(self) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Self, final
 
 import torch
 from gpytorch.kernels import Kernel
+from gpytorch.models.exact_prediction_strategies import DefaultPredictionStrategy
 from linear_operator.operators import LinearOperator
 from torch import Tensor, nn
 from typing_extensions import override
@@ -18,6 +19,7 @@ from ntk_lazy.engines.chunks import parse_budget
 from ntk_lazy.errors import ArgumentError, NTKLazyError, ShapeError, UnsupportedModuleError
 from ntk_lazy.gp.dataset import Examples, IndexedExamples
 from ntk_lazy.gp.inputs import InputFormat
+from ntk_lazy.gp.prediction import NTKPredictionStrategy
 from ntk_lazy.kernel import ntk
 from ntk_lazy.model import FunctionalModel, OutputFunction, ParameterChoice, check_output_fn
 from ntk_lazy.operator import NTKLinearOperator, Side
@@ -162,6 +164,12 @@ class NTKKernel(Kernel):  # type: ignore[misc]  # gpytorch has no types
             return self.num_outputs
         network = self._network()
         return self._check(self._points(x1[..., :_CHECKED_EXAMPLES, :], network), network).num_outputs
+
+    @override
+    def prediction_strategy(
+        self, train_inputs: Any, train_prior_dist: Any, train_labels: Tensor, likelihood: Any
+    ) -> DefaultPredictionStrategy:
+        return NTKPredictionStrategy(train_inputs, train_prior_dist, train_labels, likelihood)
 
     @property
     @override

@@ -10,13 +10,15 @@ from typing import Any, Self, cast, final
 import numpy as np
 import torch
 from jaxtyping import Float64
-from linear_operator.operators import LinearOperator, RootLinearOperator, SumLinearOperator
+from linear_operator.operators import DiagLinearOperator, LinearOperator, RootLinearOperator, SumLinearOperator
 from torch import Tensor
 from typing_extensions import override
 
 from ntk_lazy.engines.contract import X1, X2, Preflight
 from ntk_lazy.errors import BudgetError, ShapeError
+from ntk_lazy.linalg.nystrom import nystrom_root
 from ntk_lazy.model import FunctionalModel, ModelCall
+from ntk_lazy.operator.added_diagonal import AddedDiagonal
 from ntk_lazy.operator.gramian import Gramian
 from ntk_lazy.operator.indices import backward_slices, is_everything, is_same_index, plain_indices
 from ntk_lazy.operator.job import job_of
@@ -67,7 +69,7 @@ class NTKLinearOperator(LinearOperator):  # type: ignore[misc]  # linear_operato
         inputs = (x1,) if x2 is None else (x1, x2)
         super().__init__(*inputs, **shared, **optional, example_dims=example_dims, order=order, **tensors)
         self._layout, self._preflight, self._settings = layout, preflight, settings
-        model = FunctionalModel(
+        self._model = model = FunctionalModel(
             call=call,
             # linear_operator hands the tensors back sorted by name, and a flat vector follows the module's order.
             params={n: tensors[_PARAM + n] for n in order},
@@ -355,7 +357,14 @@ class NTKLinearOperator(LinearOperator):  # type: ignore[misc]  # linear_operato
         return super().mul(other)
 
     @override
+    def add_diagonal(self, diag: Tensor) -> LinearOperator:
+        # In whatever shape linear_operator takes it: one number, or one for each row.
+        return AddedDiagonal(self, super().add_diagonal(diag)._diag_tensor)
+
+    @override
     def __add__(self, other: Any) -> LinearOperator | Tensor:
+        if isinstance(other, DiagLinearOperator):
+            return AddedDiagonal(self, other)
         if isinstance(other, RootLinearOperator):
             # linear_operator 0.6 takes a root of K first, as if all that follows were solves.
             return SumLinearOperator(self, other)
@@ -434,6 +443,25 @@ class NTKLinearOperator(LinearOperator):  # type: ignore[misc]  # linear_operato
         return self._map_tensors(
             lambda t: t.to(example.device, example.dtype) if t.is_floating_point() else t.to(example.device)
         )
+
+    def nystrom_root(self, rank: int) -> Tensor | None:
+        """Approximate K by ``L Lᵀ`` with L of shape ``(*batch, n, rank)``, detached; None under a negative scale.
+
+        The last one is kept while inputs and parameters stay the same, whatever the scale.
+
+        Cost: a product with ``rank`` columns; see ``linalg.nystrom``.
+        """
+        scale, rows = self._gramian.scale, self._gramian.side1
+        if scale is not None and not float(scale.detach()) > 0:
+            return None
+        unscaled = self if scale is None else self.__class__(*self._args, **(self._kwargs | {"scale": None}))
+
+        def make() -> Tensor:
+            with torch.no_grad():
+                return nystrom_root(unscaled._matmul, self.shape, rank, dtype=self.dtype, device=self.device)
+
+        root = make() if self.batch_shape else self._settings.root.get(self._model, rows.x, rows.selected, rank, make)
+        return root if scale is None else root * scale.detach().sqrt()
 
     @property
     def gramian(self) -> Gramian:

@@ -1,0 +1,62 @@
+"""Settings of GPyTorch under which nothing of size N x N is written down."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+from gpytorch import settings
+
+from ntk_lazy.counts import check_count
+from ntk_lazy.errors import ArgumentError
+
+
+@contextmanager
+def big_data(
+    *,
+    rtol: float = 1e-2,
+    prediction_rtol: float = 1e-4,
+    rank: int = 100,
+    variance_rank: int = 100,
+    probes: int = 10,
+    max_steps: int = 1000,
+) -> Iterator[None]:
+    """Train and predict by products alone, within the context.
+
+    GPyTorch goes by size on its own: up to 800 rows it factorises K, and up to 512 it writes slices down. Beyond, its
+    default tolerance for training is 1, at which a solve stops after ten steps whatever came out.
+
+    Args:
+        rtol: Of the solves in training, relative residual of each right-hand side.
+        prediction_rtol: Of the solves that predictions use.
+        rank: Of the preconditioner; 0 for none.
+        variance_rank: Of the root that predictive variances are made from (``fast_pred_var``); 0 to solve for each.
+        probes: Random vectors that the log determinant is estimated with.
+        max_steps: Of conjugate gradients, most.
+
+    Raises:
+        ArgumentError: A tolerance that is not between 0 and 1, or a count that is none.
+    """
+    for name, value in (("rtol", rtol), ("prediction_rtol", prediction_rtol)):
+        if not (isinstance(value, int | float) and 0 < value < 1):
+            raise ArgumentError(f"{name} must be between 0 and 1, not {value!r}.")
+    for name, count in (("probes", probes), ("max_steps", max_steps)):
+        check_count(count, name)
+    for name, count in (("rank", rank), ("variance_rank", variance_rank)):
+        if count != 0:
+            check_count(count, name)
+    with ExitStack() as stack:
+        for setting in (
+            settings.max_cholesky_size(0),
+            settings.max_eager_kernel_size(0),
+            settings.cg_tolerance(rtol),
+            settings.eval_cg_tolerance(prediction_rtol),
+            settings.max_cg_iterations(max_steps),
+            settings.max_preconditioner_size(rank),
+            settings.min_preconditioning_size(1),
+            settings.num_trace_samples(probes),
+            settings.max_root_decomposition_size(max(variance_rank, 1)),
+            settings.fast_pred_var(variance_rank > 0),
+        ):
+            stack.enter_context(setting)
+        yield

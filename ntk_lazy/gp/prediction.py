@@ -1,0 +1,78 @@
+"""Predictions from parameters: what the training points know is one change of the parameters."""
+
+from __future__ import annotations
+
+from typing import Any, final
+
+import torch
+from gpytorch import settings
+from gpytorch.models.exact_prediction_strategies import DefaultPredictionStrategy
+from linear_operator.operators import AddedDiagLinearOperator, LinearOperator
+from torch import Tensor
+from typing_extensions import override
+
+from ntk_lazy.operator import NTKLinearOperator
+
+
+@final
+class NTKPredictionStrategy(DefaultPredictionStrategy):  # type: ignore[misc]  # gpytorch has no types
+    """Exact prediction with a tangent kernel, scaled or not; with sums of kernels as GPyTorch does it.
+
+    A mean is ``K(test, train) α``, and ``K(test, train) = J* Jᵀ``: ``w = Jᵀ α`` is one vector of parameters, made once,
+    and each mean is a product of J* with it, which goes through no training point. The same for the root that
+    ``fast_pred_var`` multiplies with, if the parameter vectors of its columns fit the memory budget of the kernel.
+
+    Means and variances through which a gradient is wanted are GPyTorch's own.
+    """
+
+    def __init__(
+        self, train_inputs: Any, train_prior_dist: Any, train_labels: Tensor, likelihood: Any, **roots: Any
+    ) -> None:
+        # Evaluated now, so that noise is added to the operator itself and solves are those of its class.
+        covariance = train_prior_dist.lazy_covariance_matrix.evaluate_kernel()
+        evaluated = train_prior_dist.__class__(train_prior_dist.mean, covariance)
+        super().__init__(train_inputs, evaluated, train_labels, likelihood, **roots)
+        self._weights: tuple[Tensor, Tensor] | None = None
+        self._root_weights: tuple[Tensor, Tensor] | None = None
+
+    @override
+    def exact_predictive_mean(self, test_mean: Tensor, test_train_covar: Any) -> Tensor:
+        tests = _evaluated(test_train_covar)
+        train = self._train_kernel()
+        is_plain = settings.observation_nan_policy.value() == "ignore"
+        if tests is None or train is None or not is_plain or _wants_gradient(tests, train):
+            mean: Tensor = super().exact_predictive_mean(test_mean, test_train_covar)
+            return mean
+        alpha = self.mean_cache
+        if self._weights is None or self._weights[0] is not alpha:
+            self._weights = alpha, train.jacobian_rmatmul(alpha.detach().unsqueeze(-1))
+        return test_mean + tests.jacobian_matmul(self._weights[1]).squeeze(-1)
+
+    @override
+    def _exact_predictive_covar_inv_quad_form_root(self, precomputed_cache: Tensor, test_train_covar: Any) -> Any:
+        tests, train = _evaluated(test_train_covar), self._train_kernel()
+        is_plain = isinstance(precomputed_cache, Tensor) and precomputed_cache.ndim == 2
+        if tests is None or train is None or not is_plain or _wants_gradient(tests, train):
+            return super()._exact_predictive_covar_inv_quad_form_root(precomputed_cache, test_train_covar)
+        num_bytes = train.num_features * precomputed_cache.shape[1] * precomputed_cache.element_size()
+        if num_bytes > train.gramian.engine.budget:
+            return super()._exact_predictive_covar_inv_quad_form_root(precomputed_cache, test_train_covar)
+        if self._root_weights is None or self._root_weights[0] is not precomputed_cache:
+            self._root_weights = precomputed_cache, train.jacobian_rmatmul(precomputed_cache.detach())
+        return tests.jacobian_matmul(self._root_weights[1])
+
+    def _train_kernel(self) -> NTKLinearOperator | None:
+        covariance = self.lik_train_train_covar
+        kernel = covariance._linear_op if isinstance(covariance, AddedDiagLinearOperator) else None
+        return kernel if isinstance(kernel, NTKLinearOperator) and not kernel.batch_shape else None
+
+
+def _evaluated(covariance: Any) -> NTKLinearOperator | None:
+    if not isinstance(covariance, LinearOperator):
+        return None
+    kernel = covariance.evaluate_kernel()
+    return kernel if isinstance(kernel, NTKLinearOperator) and not kernel.batch_shape else None
+
+
+def _wants_gradient(*kernels: NTKLinearOperator) -> bool:
+    return torch.is_grad_enabled() and any(kernel.requires_grad for kernel in kernels)

@@ -1,0 +1,188 @@
+"""Conjugate gradients for many right-hand sides at once, judged by the residual itself.
+
+Each column is solved by itself, with products in common. Nothing is compared with an absolute number: a system in other
+units takes the same steps. What the recurrence says of its residual is checked by one more product, and columns whose
+residual is larger than that start again from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+Columns: TypeAlias = Float[Tensor, "*batch n k"]
+Map: TypeAlias = Callable[[Columns], Columns]
+Scalars: TypeAlias = Float[Tensor, "*batch 1 k"]
+
+_MOST_ROUNDS = 8
+_GAIN = 0.5  # of a round that is worth another one
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """What came out.
+
+    Attributes:
+        X: The solutions.
+        residuals: ``‖b − A x‖ / ‖b‖`` of each column, measured by a product.
+        num_products: Columns that A was multiplied with.
+        tridiagonal: Of the first columns the matrices of the Lanczos process that belongs to the steps, for the
+            preconditioned matrix: ``(columns, *batch, steps, steps)``. One that ends early goes on as the identity.
+    """
+
+    X: Columns
+    residuals: Scalars
+    num_products: int
+    tridiagonal: Float[Tensor, "columns *batch steps steps"]
+
+
+def conjugate_gradients(
+    matmul: Map,
+    B: Columns,
+    *,
+    rtol: float,
+    max_steps: int,
+    min_steps: int = 0,
+    preconditioner: Map | None = None,
+    num_tridiagonal: int = 0,
+    tridiagonal_steps: int = 0,
+) -> Solution:
+    """Solve ``A X = B`` for a symmetric positive definite A.
+
+    Args:
+        matmul: Multiplies with A.
+        B: Right-hand sides.
+        rtol: A column is done when ``‖b − A x‖ <= rtol ‖b‖``.
+        max_steps: Steps of all rounds together.
+        min_steps: Least steps of a column, unless its residual vanishes.
+        preconditioner: Multiplies with an approximate inverse, symmetric positive definite.
+        num_tridiagonal: Columns from the first on for which the Lanczos matrices are wanted.
+        tridiagonal_steps: Most steps of these.
+
+    Cost: A product with all columns that are not done, for each step, and one with all at the end of each round; most
+        solves have one round. Memory: five blocks like B.
+
+    Source: Hestenes and Stiefel (1952); the restart is residual replacement, van der Vorst and Ye, Residual replacement
+        strategies for Krylov subspace iterative methods (SIAM J. Sci. Comput. 22, 2000).
+    """
+    norms = _norms(B)
+    X, R = torch.zeros_like(B), B
+    residuals = torch.where(norms > 0, 1.0, 0.0).to(norms)
+    num_products, steps_left = 0, max_steps
+    tridiagonal = _Tridiagonal(num_tridiagonal, min(tridiagonal_steps, B.shape[-2], max_steps))
+    pending = (norms > 0).reshape(-1, B.shape[-1]).any(0).nonzero().squeeze(1)
+    for number in range(_MOST_ROUNDS):
+        if not len(pending) or steps_left <= 0:
+            break
+        goal = rtol * norms[..., pending]
+        recorder = tridiagonal if number == 0 else None
+        least = min_steps if number == 0 else 0
+        D, steps, products = _round(matmul, R[..., pending], goal, steps_left, least, preconditioner, recorder, pending)
+        X[..., pending] += D
+        R = R.clone() if R is B else R
+        R[..., pending] = B[..., pending] - matmul(X[..., pending])
+        steps_left -= steps
+        num_products += products + len(pending)
+        before = residuals[..., pending]
+        residuals[..., pending] = now = _norms(R[..., pending]) / torch.where(norms > 0, norms, 1.0)[..., pending]
+        is_pending = (now > rtol) & (now < _GAIN * before)
+        pending = pending[is_pending.reshape(-1, len(pending)).any(0)]
+    return Solution(X, residuals, num_products, tridiagonal.matrices(B))
+
+
+def _round(
+    matmul: Map,
+    R: Columns,
+    goal: Scalars,
+    max_steps: int,
+    min_steps: int,
+    preconditioner: Map | None,
+    recorder: _Tridiagonal | None,
+    numbers: Tensor,
+) -> tuple[Columns, int, int]:
+    """Step until the recurrence says that all columns are done: corrections, steps and products."""
+    R, D = R.clone(), torch.zeros_like(R)
+    first = _norms(R)
+    Z = R if preconditioner is None else preconditioner(R)
+    P, rho = Z.clone(), _inner(R, Z)
+    places = torch.arange(R.shape[-1], device=R.device)  # of the columns that are not done
+    products = 0
+    for step in range(max_steps):
+        Q = matmul(P)
+        products += len(places)
+        curvature = _inner(P, Q)
+        can_step = (rho > 0) & (curvature > 0)
+        alpha = torch.where(can_step, rho / torch.where(can_step, curvature, 1.0), 0.0)
+        D[..., places] += alpha.to(P.dtype) * P
+        R -= alpha.to(Q.dtype) * Q
+        Z = R if preconditioner is None else preconditioner(R)
+        before, rho = rho, _inner(R, Z)
+        beta = torch.where(can_step, rho / torch.where(can_step, before, 1.0), 0.0)
+        if recorder is not None:
+            recorder.add(step, alpha, beta, numbers[places])
+        size = _norms(R)
+        vanished = size <= torch.finfo(R.dtype).eps * first[..., places]
+        needed = torch.full_like(size, step + 1 < min_steps, dtype=torch.bool)
+        if recorder is not None:
+            needed |= recorder.wants(step + 1, numbers[places])
+        goes_on = can_step & ~vanished & ((size > goal[..., places]) | needed)
+        kept = goes_on.reshape(-1, len(places)).any(0).nonzero().squeeze(1)
+        if not len(kept):
+            return D, step + 1, products
+        P = Z + beta.to(P.dtype) * P
+        if len(kept) < len(places):
+            places, P, R, rho = places[kept], P[..., kept], R[..., kept], rho[..., kept]
+    return D, max_steps, products
+
+
+class _Tridiagonal:
+    """Collects the coefficients of the steps, from which the Lanczos matrices follow."""
+
+    def __init__(self, num_columns: int, num_steps: int) -> None:
+        self.num_columns, self.num_steps = num_columns, num_steps
+        self._steps: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def add(self, step: int, alpha: Scalars, beta: Scalars, numbers: Tensor) -> None:
+        """Note a step of the columns with these numbers."""
+        if step < self.num_steps:
+            own = numbers < self.num_columns
+            self._steps.append((alpha[..., own], beta[..., own], numbers[own]))
+
+    def wants(self, step: int, numbers: Tensor) -> Tensor:
+        """Which columns have to take another step."""
+        return (numbers < self.num_columns) & (step < self.num_steps)
+
+    def matrices(self, B: Columns) -> Tensor:
+        """Write them down: ``1/α_i + β_{i-1}/α_{i-1}`` on the diagonal, ``√β_i / α_i`` beside it."""
+        shape = (len(self._steps), *B.shape[:-2], self.num_columns)
+        rates, ratios = (torch.zeros(shape, dtype=torch.float64, device=B.device) for _ in range(2))
+        for step, (alpha, beta, numbers) in enumerate(self._steps):
+            rates[step][..., numbers] = torch.where(alpha > 0, 1 / torch.where(alpha > 0, alpha, 1.0), 0.0)[..., 0, :]
+            ratios[step][..., numbers] = beta[..., 0, :].clamp_min(0)
+        took = rates > 0
+        carried = torch.where(took[1:], ratios[:-1] * rates[:-1], 0.0)
+        diagonal = torch.where(took, rates + torch.cat([torch.zeros_like(rates[:1]), carried]), 1.0)
+        beside = torch.where(took[1:], ratios[:-1].sqrt() * rates[:-1], 0.0)
+        matrices = _last(diagonal).diag_embed() + _last(beside).diag_embed(1) + _last(beside).diag_embed(-1)
+        return matrices.to(B.dtype)
+
+
+def _last(steps: Tensor) -> Tensor:
+    """From ``(steps, *batch, columns)`` to ``(columns, *batch, steps)``."""
+    return steps.movedim(-1, 0).movedim(1, -1)
+
+
+def _inner(X: Columns, Y: Columns) -> Scalars:
+    return (X * Y).sum(-2, keepdim=True, dtype=torch.float64)
+
+
+def _norms(X: Columns) -> Scalars:
+    """Norms in float64, of columns that are scaled first: squares of float32 numbers leave its range."""
+    largest = X.abs().amax(-2, keepdim=True) if X.shape[-2] else X.new_zeros(*X.shape[:-2], 1, X.shape[-1])
+    unit = torch.where(largest > 0, largest, 1.0)
+    return (X / unit).square().sum(-2, keepdim=True, dtype=torch.float64).sqrt() * unit.double()

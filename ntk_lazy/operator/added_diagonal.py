@@ -1,0 +1,116 @@
+"""A kernel with a diagonal added, as a Gaussian process has it: solves that go on until they are right."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, final
+
+import torch
+from linear_operator import settings
+from linear_operator.operators import (
+    AddedDiagLinearOperator,
+    ConstantDiagLinearOperator,
+    LinearOperator,
+    PsdSumLinearOperator,
+    RootLinearOperator,
+)
+from linear_operator.utils.warnings import NumericalWarning
+from torch import Tensor
+from typing_extensions import override
+
+from ntk_lazy.linalg.conjugate_gradients import conjugate_gradients
+
+_LEAST_STEPS = 10  # as linear_operator takes, whose default tolerance of 1 asks for none
+_TYPICAL_STEPS = 50
+
+
+@final
+class AddedDiagonal(AddedDiagLinearOperator):  # type: ignore[misc]  # linear_operator has no types
+    """``K + D`` with a tangent kernel K.
+
+    Where linear_operator solves by Cholesky (up to ``max_cholesky_size`` rows) this does too. Beyond, it differs in:
+
+    - Conjugate gradients stop by the measured residual of each column, relative to its right-hand side, at
+      ``cg_tolerance``; linear_operator's stop at steps whose curvature is below 1e-10 in absolute terms.
+    - The preconditioner is a randomised Nyström approximation of rank ``max_preconditioner_size``, from one product,
+      in place of a pivoted Cholesky factor; it is kept while parameters and inputs stay the same, whatever becomes of
+      scale and diagonal. Gradients of log determinants do not go through it, and stay unbiased.
+    - A diagonal of equal numbers that is not one number keeps the gradient of each.
+    """
+
+    @property
+    def kernel(self) -> Any:
+        """K, an ``NTKLinearOperator``; it makes operators of this class, and so is not known by name here."""
+        return self._linear_op
+
+    @override
+    def _matmul(self, rhs: Tensor) -> Tensor:
+        diagonal = self._diag_tensor._diagonal()
+        return self.kernel._matmul(rhs) + (diagonal * rhs if rhs.ndim == 1 else diagonal.unsqueeze(-1) * rhs)
+
+    @override
+    def _solve(
+        self, rhs: Tensor, preconditioner: Callable[[Tensor], Tensor] | None = None, num_tridiag: int | None = 0
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        tolerance = float(settings.cg_tolerance.value())
+        max_steps = int(settings.max_cg_iterations.value())
+        steps = int(settings.max_lanczos_quadrature_iterations.value())
+        columns = rhs if rhs.ndim > 1 else rhs.unsqueeze(-1)
+        batch = torch.broadcast_shapes(columns.shape[:-2], self.batch_shape)
+        columns = columns.expand(*batch, *columns.shape[-2:])
+        with self._series(columns.shape[-1] * _TYPICAL_STEPS):
+            solution = conjugate_gradients(
+                self._matmul,
+                columns.detach(),
+                rtol=tolerance,
+                max_steps=max_steps,
+                min_steps=min(_LEAST_STEPS, max_steps),
+                preconditioner=preconditioner,
+                num_tridiagonal=num_tridiag or 0,
+                tridiagonal_steps=steps,
+            )
+        worst = float(solution.residuals.max()) if solution.residuals.numel() else 0.0
+        if not worst <= tolerance:
+            warnings.warn(
+                f"conjugate gradients ended with a relative residual of {worst:.1e}, where {tolerance:.1e} was asked "
+                f"for, after at most {max_steps} steps. Raise max_cg_iterations or max_preconditioner_size, use a "
+                "float64 model, or ask for less (cg_tolerance, eval_cg_tolerance).",
+                NumericalWarning,
+                stacklevel=2,
+            )
+        X = solution.X if rhs.ndim > 1 else solution.X.squeeze(-1)
+        return (X, solution.tridiagonal) if num_tridiag else X
+
+    @override
+    def _preconditioner(self) -> tuple[Callable[[Tensor], Tensor] | None, LinearOperator | None, Tensor | None]:
+        rank = int(settings.max_preconditioner_size.value())
+        is_small = self.size(-1) < settings.min_preconditioning_size.value()
+        if self.preconditioner_override is not None or rank == 0 or is_small:
+            found: tuple[Any, Any, Any] = super()._preconditioner()
+            return found
+        if self._q_cache is None:
+            root = self.kernel.nystrom_root(min(rank, self.size(-1)))
+            if root is None:
+                return None, None, None
+            self._piv_chol_self = root
+            self._init_cache()
+        return super()._preconditioner()
+
+    @override
+    def _init_cache(self) -> None:
+        *batch_shape, n, k = self._piv_chol_self.shape
+        self._noise = self._diag_tensor._diagonal().unsqueeze(-1)
+        # Of a diagonal of n numbers that happen to be equal each has a gradient of its own.
+        self._constant_diag = isinstance(self._diag_tensor, ConstantDiagLinearOperator)
+        eye = torch.eye(k, dtype=self.dtype, device=self.device).expand(*batch_shape, k, k)
+        if self._constant_diag:
+            self._init_cache_for_constant_diag(eye, batch_shape, n, k)
+        else:
+            self._init_cache_for_non_constant_diag(eye, batch_shape, n)
+        self._precond_lt = PsdSumLinearOperator(RootLinearOperator(self._piv_chol_self), self._diag_tensor)
+
+    def _series(self, num_columns: int) -> AbstractContextManager[None]:
+        """Keep what products have in common, while nothing changes."""
+        return nullcontext() if self.kernel.batch_shape else self.kernel.linearised(num_columns)

@@ -1,0 +1,227 @@
+"""Solves with noise go on until they are right, gradients are those of Cholesky, and nothing is made twice."""
+
+from __future__ import annotations
+
+import gpytorch
+import pytest
+import torch
+from gpytorch.kernels import ScaleKernel
+from linear_operator import settings
+from linear_operator.operators import DiagLinearOperator
+from linear_operator.utils.warnings import NumericalWarning
+from oracle import defect, dense_jacobian
+from torch import Generator, Tensor, nn
+
+import ntk_lazy as nl
+from ntk_lazy.engines.factor_store import FactorStore
+from ntk_lazy.gp import NTKKernel, big_data
+from ntk_lazy.operator.added_diagonal import AddedDiagonal
+from ntk_lazy.operator.ntk_linear_operator import NTKLinearOperator
+
+N = 150
+
+
+def network(num_outputs: int = 1, dtype: torch.dtype = torch.float64) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 30), nn.Tanh(), nn.Linear(30, 30), nn.Tanh(), nn.Linear(30, num_outputs)).to(
+        dtype
+    )
+
+
+def inputs(n: int = N, dtype: torch.dtype = torch.float64, seed: int = 1) -> Tensor:
+    return torch.randn(n, 3, generator=Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+@pytest.fixture
+def captured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Examples of each time that factors are captured."""
+    found, capture = [], FactorStore.capture
+
+    def spy(self: FactorStore, x: Tensor, **options: object):
+        found.append(x.shape[0])
+        return capture(self, x, **options)
+
+    monkeypatch.setattr(FactorStore, "capture", spy)
+    return found
+
+
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Columns of each product with K."""
+    found, matmul = [], NTKLinearOperator._matmul
+
+    def spy(self: NTKLinearOperator, rhs: Tensor) -> Tensor:
+        found.append(rhs.shape[-1] if rhs.ndim > 1 else 1)
+        return matmul(self, rhs)
+
+    monkeypatch.setattr(NTKLinearOperator, "_matmul", spy)
+    return found
+
+
+@pytest.mark.parametrize("noise", [1e-4, 1e-2, 1.0])
+@pytest.mark.parametrize("rank", [0, 40])
+@pytest.mark.parametrize("scale", [None, 1e-6])
+def test_solves_reach_the_residual_that_is_asked_for(noise: float, rank: int, scale: float | None):
+    model, x, B = network(), inputs(), inputs(N, seed=5)
+    K = nl.ntk(model, x).detach()
+    J = dense_jacobian(model, x)
+    dense = J @ J.mT
+    if scale is not None:
+        K, dense, noise = K * torch.tensor(scale, dtype=K.dtype), scale * dense, scale * noise
+    shifted = K.add_diagonal(torch.tensor(noise, dtype=K.dtype))
+    assert isinstance(shifted, AddedDiagonal)
+    with (
+        settings.max_cholesky_size(0),
+        settings.cg_tolerance(1e-6),
+        settings.max_cg_iterations(2000),
+        settings.max_preconditioner_size(rank),
+        settings.min_preconditioning_size(1),
+        torch.no_grad(),
+    ):
+        X = shifted.solve(B)
+    residual = B - (dense @ X + noise * X)
+    assert (residual.norm(dim=0) <= 1.01e-6 * B.norm(dim=0)).all()
+
+
+def test_a_preconditioner_saves_products_and_is_made_once(products: list[int]):
+    K, B = nl.ntk(network(), inputs()).detach(), inputs(N, seed=5)[:, :1]
+    counts = {}
+    for rank in (0, 40, 40):
+        products.clear()
+        with (
+            settings.max_cholesky_size(0),
+            settings.cg_tolerance(1e-6),
+            settings.max_preconditioner_size(rank),
+            settings.min_preconditioning_size(1),
+            torch.no_grad(),
+        ):
+            # The scale and the noise of another step, as in training.
+            (K * torch.tensor(0.5, dtype=K.dtype)).add_diagonal(torch.tensor(1e-3, dtype=K.dtype)).solve(B)
+        counts.setdefault(rank, []).append(sum(products))
+    (plain,), (first, second) = counts[0], counts[40]
+    assert first - second == 40
+    assert 2 * second < plain
+
+
+def test_a_parameter_that_was_changed_in_place_has_a_preconditioner_of_its_own():
+    model, x = network(), inputs()
+    K = nl.ntk(model, x)
+    first = K.nystrom_root(10)
+    assert K.nystrom_root(10) is first
+    with torch.no_grad():
+        model[0].weight.mul_(1.5)
+    second = K.nystrom_root(10)
+    assert defect(second @ second.mT, first @ first.mT) > 1e-3
+    with torch.no_grad():
+        expected = nl.ntk(model, x).nystrom_root(10)
+    assert defect(second @ second.mT, expected @ expected.mT) < 1e-10
+
+
+def test_factors_are_captured_once_for_a_solve(captured: list[int]):
+    K = nl.ntk(network(), inputs(), engine="factors").detach()
+    with settings.max_cholesky_size(0), settings.cg_tolerance(1e-6), torch.no_grad():
+        K.add_diagonal(torch.tensor(1e-2, dtype=K.dtype)).solve(inputs(N, seed=5))
+    assert captured == [N]
+
+
+def test_float32_says_when_it_does_not_get_there():
+    K = nl.ntk(network(dtype=torch.float32), inputs(dtype=torch.float32)).detach()
+    shifted = K.add_diagonal(torch.tensor(1e-6))
+    with (
+        settings.max_cholesky_size(0),
+        settings.cg_tolerance(1e-7),
+        torch.no_grad(),
+        pytest.warns(NumericalWarning, match="conjugate gradients ended with a relative residual"),
+    ):
+        shifted.solve(inputs(dtype=torch.float32, seed=5))
+
+
+@pytest.mark.parametrize("is_diagonal", [False, True])
+def test_gradients_of_noise_and_scale_are_those_of_cholesky(is_diagonal: bool):
+    x, y = inputs(), inputs(seed=5)[:, :1]
+    gradients = []
+    for size in (10**6, 0):
+        scale = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+        noise = torch.full((N,) if is_diagonal else (), 0.1, dtype=torch.float64, requires_grad=True)
+        K = nl.ntk(network(), x).detach() * scale
+        shifted = K + DiagLinearOperator(noise) if is_diagonal else K.add_diagonal(noise)
+        torch.manual_seed(1)
+        with (
+            settings.max_cholesky_size(size),
+            settings.cg_tolerance(1e-8),
+            settings.num_trace_samples(400),
+            settings.max_lanczos_quadrature_iterations(60),
+            settings.max_preconditioner_size(20),
+            settings.min_preconditioning_size(1),
+        ):
+            quadratic, logdet = shifted.inv_quad_logdet(y, logdet=True)
+            value = quadratic + logdet
+            gradients.append((float(logdet.detach()), *torch.autograd.grad(value, (scale, noise))))
+    (exact, *expected), (estimate, *found) = gradients
+    assert abs(estimate - exact) < 0.02 * abs(exact)
+    for a, b in zip(found, expected, strict=True):
+        assert defect(a, b) < (0.05 if is_diagonal else 0.02)
+
+
+class _Regression(gpytorch.models.ExactGP):
+    def __init__(self, x: Tensor, y: Tensor, kernel: gpytorch.kernels.Kernel) -> None:
+        super().__init__(x, y, gpytorch.likelihoods.GaussianLikelihood())
+        self.mean_module, self.covar_module = gpytorch.means.ConstantMean(), ScaleKernel(kernel)
+        self.double()
+        self.covar_module.outputscale, self.likelihood.noise = 0.25, 0.0625
+
+    def forward(self, x: Tensor) -> gpytorch.distributions.MultivariateNormal:
+        return gpytorch.distributions.MultivariateNormal(self.mean_module(x), self.covar_module(x))
+
+
+def test_big_data_predicts_what_cholesky_predicts():
+    x, z, y = inputs(), inputs(40, seed=2), inputs(seed=3)[:, 0]
+    with torch.no_grad():
+        exact = _Regression(x, y, NTKKernel(network())).eval()(z)
+        mean, variance = exact.mean, exact.variance
+    for rank in (0, N):
+        gp = _Regression(x, y, NTKKernel(network())).eval()
+        with torch.no_grad(), big_data(prediction_rtol=1e-8, rank=40, variance_rank=rank):
+            found = gp(z)
+            assert defect(found.mean, mean) < 1e-5
+            assert defect(found.variance, variance) < 1e-4
+
+
+def test_later_means_go_through_no_training_point(captured: list[int], products: list[int]):
+    gp = _Regression(inputs(), inputs(seed=3)[:, 0], NTKKernel(network(), engine="factors")).eval()
+    with torch.no_grad(), big_data():
+        _ = gp(inputs(40, seed=2)).mean
+        captured.clear()
+        products.clear()
+        _ = gp(inputs(40, seed=4)).mean
+        assert set(captured) == {40}  # for the mean, and for the variance
+        assert not products
+
+
+def test_big_data_never_writes_down_what_is_as_large_as_k(monkeypatch: pytest.MonkeyPatch):
+    written = []
+    to_dense = NTKLinearOperator.to_dense
+    monkeypatch.setattr(
+        NTKLinearOperator, "to_dense", lambda self, **o: written.append(self.shape) or to_dense(self, **o)
+    )
+    gp = _Regression(inputs(), inputs(seed=3)[:, 0], NTKKernel(network(), max_dense_bytes=N * N * 8 - 1))
+    mll = gpytorch.mlls.ExactMarginalLogLikelihood(gp.likelihood, gp)
+    optimiser = torch.optim.Adam(gp.parameters(), lr=0.1)
+    with big_data(rank=20, variance_rank=30):
+        for _ in range(2):
+            optimiser.zero_grad()
+            loss = -mll(gp(*gp.train_inputs), gp.train_targets)
+            loss.backward()
+            optimiser.step()
+        assert loss.isfinite()
+        gp.eval()
+        with torch.no_grad():
+            posterior = gp.likelihood(gp(inputs(7, seed=2)))
+            assert (posterior.variance > 0).all()
+    assert all(max(shape) < N for shape in written)
+
+
+@pytest.mark.parametrize("options", [{"rtol": 0.0}, {"prediction_rtol": 2}, {"rank": -1}, {"probes": 0}])
+def test_settings_that_make_no_sense_are_refused(options: dict[str, float]):
+    with pytest.raises(nl.ArgumentError), big_data(**options):
+        pass

@@ -1,0 +1,143 @@
+"""Conjugate gradients reach the residual that was asked for in any unit; Nyström roots are as good as the spectrum."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from linear_operator.utils import linear_cg
+from linear_operator.utils.warnings import NumericalWarning
+from torch import Generator, Tensor
+
+from ntk_lazy.linalg.conjugate_gradients import conjugate_gradients
+from ntk_lazy.linalg.nystrom import nystrom_root
+
+N = 80
+
+
+def matrix(power: float, *, batch: tuple[int, ...] = (), size: int = N) -> Tensor:
+    """A symmetric matrix with eigenvalues ``i^-power``."""
+    generator = torch.Generator().manual_seed(int(10 * power))
+    Q = torch.linalg.qr(torch.randn(*batch, size, size, generator=generator, dtype=torch.float64))[0]
+    values = torch.arange(1, size + 1, dtype=torch.float64) ** -power
+    return (Q * values) @ Q.mT
+
+
+def block(k: int, *, batch: tuple[int, ...] = ()) -> Tensor:
+    return torch.randn(*batch, N, k, generator=Generator().manual_seed(k), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("unit", [1e-12, 1e-4, 1.0, 1e9])
+@pytest.mark.parametrize("power", [0.5, 2.0, 3.0])
+def test_solves_reach_the_tolerance_in_any_unit(power: float, unit: float):
+    A, B = unit * (matrix(power) + 1e-3 * torch.eye(N, dtype=torch.float64)), block(4)
+    found = conjugate_gradients(lambda V: A @ V, B, rtol=1e-6, max_steps=1000)
+    true = (B - A @ found.X).norm(dim=0) / B.norm(dim=0)
+    assert (true <= 1e-6).all()
+    torch.testing.assert_close(found.residuals[0], true, rtol=1e-3, atol=1e-9)
+
+
+def test_another_unit_takes_the_same_steps_where_linear_operator_does_not_arrive():
+    A, B, unit = matrix(3.0) + 1e-3 * torch.eye(N, dtype=torch.float64), block(1), 2.0**-35
+    counts = [
+        conjugate_gradients(lambda V, u=u: u * (A @ V), B, rtol=1e-6, max_steps=500).num_products for u in (1.0, unit)
+    ]
+    assert counts[0] == counts[1]
+    with pytest.warns(NumericalWarning, match="larger than the tolerance"):
+        U = linear_cg(lambda V: unit * (A @ V), B, tolerance=1e-6, max_iter=500)
+    assert (B - unit * (A @ U)).norm() / B.norm() > 1e-3
+
+
+def test_columns_that_are_done_are_multiplied_no_more():
+    A = torch.diag(torch.cat([torch.ones(N // 2), torch.linspace(1, 1e4, N // 2)]).double())
+    B = torch.zeros(N, 3, dtype=torch.float64)
+    B[0, 0] = 1  # an eigenvector: one step
+    B[:, 1] = 1
+    products = []
+
+    def matmul(V: Tensor) -> Tensor:
+        products.append(V.shape[-1])
+        return A @ V
+
+    found = conjugate_gradients(matmul, B, rtol=1e-8, max_steps=500)
+    assert products[:2] == [2, 1]
+    assert products[-1] == 2  # all of them, once, for the residuals
+    assert sum(products) == found.num_products
+    assert (found.X[:, 2] == 0).all()
+    assert found.residuals[0, 2] == 0
+
+
+def test_rounding_that_hides_the_residual_is_noticed():
+    A = (matrix(4.0) + 1e-7 * torch.eye(N, dtype=torch.float64)).float()
+    B = block(2).float()
+    found = conjugate_gradients(lambda V: A @ V, B, rtol=1e-7, max_steps=2000)
+    true = (B.double() - A.double() @ found.X.double()).norm(dim=0) / B.double().norm(dim=0)
+    assert (true > 1e-7).any()  # float32 cannot do it
+    assert (found.residuals[0] > 1e-7).any()  # and it is said
+    assert (found.residuals[0] < 10 * true + 1e-5).all()
+
+
+def test_batches_are_solved_each_by_itself():
+    A, B = matrix(2.0, batch=(3,)) + 1e-2 * torch.eye(N, dtype=torch.float64), block(2, batch=(3,))
+    found = conjugate_gradients(lambda V: A @ V, B, rtol=1e-10, max_steps=500)
+    torch.testing.assert_close(found.X, torch.linalg.solve(A, B), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("is_preconditioned", [False, True])
+def test_lanczos_matrices_give_log_determinants(is_preconditioned: bool):
+    A, B = matrix(2.0) + 1e-2 * torch.eye(N, dtype=torch.float64), block(4)
+    L = nystrom_root(lambda V: A @ V, A.shape, 10, dtype=A.dtype, device=A.device)
+    M = L @ L.mT + 1e-2 * torch.eye(N, dtype=torch.float64)
+    P = M if is_preconditioned else torch.eye(N, dtype=torch.float64)
+    found = conjugate_gradients(
+        lambda V: A @ V,
+        B,
+        rtol=1e-12,
+        max_steps=200,
+        preconditioner=lambda V: torch.linalg.solve(P, V),
+        num_tridiagonal=3,
+        tridiagonal_steps=N,
+    )
+    # e1ᵀ log(T) e1 ‖P^(-1/2) b‖² = bᵀ P^(-1/2) log(P^(-1/2) A P^(-1/2)) P^(-1/2) b
+    values, vectors = torch.linalg.eigh(P)
+    root = (vectors * values**-0.5) @ vectors.mT
+    inner, S = torch.linalg.eigh(root @ A @ root)
+    for column in range(3):
+        theta, Y = torch.linalg.eigh(found.tridiagonal[column])
+        b = root @ B[:, column]
+        expected = ((S.mT @ b) ** 2 * inner.log()).sum()
+        torch.testing.assert_close((Y[0] ** 2 * theta.log()).sum() * b.square().sum(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_matrix_that_ends_early_goes_on_as_the_identity():
+    A = torch.eye(N, dtype=torch.float64)
+    A[0, 0] = 4
+    B = torch.zeros(N, 2, dtype=torch.float64)
+    B[0, 0] = B[:, 1] = 1
+    found = conjugate_gradients(
+        lambda V: A @ V, B, rtol=1e-3, max_steps=9, num_tridiagonal=2, tridiagonal_steps=9, min_steps=9
+    )
+    first = found.tridiagonal[0]
+    assert first[0, 0] == 4
+    assert torch.equal(first[1:, 1:], torch.eye(len(first) - 1, dtype=torch.float64))
+    values, vectors = torch.linalg.eigh(found.tridiagonal[1])
+    is_wrong = ((values - 1).abs() > 1e-10) & ((values - 4).abs() > 1e-10)
+    assert (vectors[0, is_wrong].abs() < 1e-10).all()  # of rounding, and without weight
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_nystrom_root_leaves_what_its_spectrum_says(dtype: torch.dtype):
+    K = matrix(2.0).to(dtype)
+    L = nystrom_root(lambda V: K @ V, K.shape, 20, dtype=dtype, device=K.device)
+    rest = torch.linalg.eigvalsh(K.double() - L.double() @ L.double().mT)
+    assert rest.min() > -1e3 * torch.finfo(dtype).eps  # below K
+    assert rest.max() < 10 * 11**-2.0
+    gram = L.double().mT @ L.double()
+    assert (gram - gram.diagonal().diag()).abs().max() < 1e-5
+    assert torch.equal(L, nystrom_root(lambda V: K @ V, K.shape, 20, dtype=dtype, device=K.device))
+
+
+def test_a_nystrom_root_of_a_small_rank_matrix_is_exact():
+    U = block(5)
+    K = U @ U.mT
+    L = nystrom_root(lambda V: K @ V, K.shape, 12, dtype=K.dtype, device=K.device)
+    assert (L @ L.mT - K).norm() < 1e-6 * K.norm()
