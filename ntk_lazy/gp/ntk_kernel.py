@@ -247,6 +247,17 @@ class NTKKernel(Kernel):  # type: ignore[misc]  # gpytorch has no types
 
     # From inputs to the operator.
 
+    @property
+    def outputs(self) -> OutputMode:
+        """Which outputs make up the rows."""
+        return self._outputs
+
+    def linearised_at(self, x: Tensor) -> tuple[NTKLinearOperator, FunctionalModel, Tensor]:
+        """The kernel at inputs of shape ``(N, D)``, the network with its tensors of now, and the points it takes."""
+        network = self._network()
+        points = self._points(x, network)
+        return self._check(points, network).at(points, model=network), network, points
+
     def _at(self, x1: Tensor, x2: Tensor) -> NTKLinearOperator:
         """K between two sets of inputs; square where they are known to be the same."""
         network = self._network()
