@@ -73,7 +73,9 @@ def _check_output(where: str, printed: str, shown: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["README.md", "docs/tutorial.md", "docs/how-it-fits.md", "docs/gp.md", "docs/uncertainty.md"])
+@pytest.mark.parametrize(
+    "name", ["README.md", *(f"docs/{p}.md" for p in ("tutorial", "how-it-fits", "gp", "uncertainty"))]
+)
 def test_every_block_of_python_runs_and_prints_what_the_page_shows(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     compared = _run(ROOT / name)

@@ -20,6 +20,7 @@ from linear_operator.utils.warnings import NumericalWarning
 from torch import Tensor
 from typing_extensions import override
 
+from ntk_lazy.errors import ArgumentError
 from ntk_lazy.linalg.conjugate_gradients import conjugate_gradients
 
 _LEAST_STEPS = 10  # as linear_operator takes, whose default tolerance of 1 asks for none
@@ -54,6 +55,7 @@ class AddedDiagonal(AddedDiagLinearOperator):  # type: ignore[misc]  # linear_op
     def _solve(
         self, rhs: Tensor, preconditioner: Callable[[Tensor], Tensor] | None = None, num_tridiag: int | None = 0
     ) -> Tensor | tuple[Tensor, Tensor]:
+        self._check_diagonal()
         tolerance = float(settings.cg_tolerance.value())
         max_steps = int(settings.max_cg_iterations.value())
         steps = int(settings.max_lanczos_quadrature_iterations.value())
@@ -90,6 +92,7 @@ class AddedDiagonal(AddedDiagLinearOperator):  # type: ignore[misc]  # linear_op
         if self.preconditioner_override is not None or rank == 0 or is_small:
             found: tuple[Any, Any, Any] = super()._preconditioner()
             return found
+        self._check_diagonal()
         if self._q_cache is None:
             root = self.kernel.nystrom_root(min(rank, self.size(-1)))
             if root is None:
@@ -110,6 +113,26 @@ class AddedDiagonal(AddedDiagLinearOperator):  # type: ignore[misc]  # linear_op
         else:
             self._init_cache_for_non_constant_diag(eye, batch_shape, n)
         self._precond_lt = PsdSumLinearOperator(RootLinearOperator(self._piv_chol_self), self._diag_tensor)
+
+    @override
+    def _cholesky(self, upper: bool = False) -> Any:
+        self._check_diagonal()
+        return super()._cholesky(upper)
+
+    def _check_diagonal(self) -> None:
+        """Refuse what no solve could be right for."""
+        least = float(self._diag_tensor._diagonal().detach().min())
+        n, rank = self.size(-1), self.kernel.num_features
+        if not least >= 0 or (least == 0 and rank < n):
+            reason = (
+                f"K has {n} rows and at most rank {rank}, that of the Jacobian, so that it is singular"
+                if least == 0
+                else "so that the sum may be indefinite"
+            )
+            raise ArgumentError(
+                f"the diagonal that is added to K goes down to {least:g}: {reason}. Add a positive noise: a thousandth "
+                "of the mean of K's diagonal is a start."
+            )
 
     def _series(self, num_columns: int) -> AbstractContextManager[None]:
         """Keep what products have in common, while nothing changes."""

@@ -136,6 +136,15 @@ def test_float32_says_when_it_does_not_get_there():
         shifted.solve(inputs(dtype=torch.float32, seed=5))
 
 
+@pytest.mark.parametrize("noise", [0.0, -1.0])
+@pytest.mark.parametrize("size", [0, 10**6])
+def test_noise_that_leaves_k_singular_or_indefinite_is_refused(noise: float, size: int):
+    small = nn.Linear(3, 1).double()
+    shifted = nl.ntk(small, inputs()).detach().add_diagonal(torch.tensor(noise, dtype=torch.float64))
+    with settings.max_cholesky_size(size), pytest.raises(nl.ArgumentError, match="Add a positive noise"):
+        shifted.solve(inputs(seed=5))
+
+
 @pytest.mark.parametrize("is_diagonal", [False, True])
 def test_gradients_of_noise_and_scale_are_those_of_cholesky(is_diagonal: bool):
     x, y = inputs(), inputs(seed=5)[:, :1]
