@@ -19,19 +19,21 @@ sys.path.insert(0, str(Path(__file__).parent / "workers"))
 from networks import CASES
 
 import ntk_lazy as nl
-from ntk_lazy.engines import uses
+from ntk_lazy.engines.uses import outer, use
 
 
 @contextmanager
 def sums_in_float64() -> Iterator[None]:
     """Have factors multiplied in float64, and each result rounded once."""
-    before = uses.add_gram_, uses.times_transposed
-    uses.add_gram_ = lambda W, D, A: W.add_((D.mT.double() @ A.double()).to(W.dtype))
-    uses.times_transposed = lambda A, B: (A.double() @ B.double().mT).to(A.dtype)
+    before = {module: (module.add_gram_, module.times_transposed) for module in (outer, use)}
+    for module in before:
+        module.add_gram_ = lambda W, D, A: W.add_((D.mT.double() @ A.double()).to(W.dtype))
+        module.times_transposed = lambda A, B: (A.double() @ B.double().mT).to(A.dtype)
     try:
         yield
     finally:
-        uses.add_gram_, uses.times_transposed = before
+        for module, (add_gram, times) in before.items():
+            module.add_gram_, module.times_transposed = add_gram, times
 
 
 def error(product: Tensor, exact: Tensor) -> float:

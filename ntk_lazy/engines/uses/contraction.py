@@ -1,0 +1,29 @@
+"""What the contractions of factors cost, by position and by example; the cheaper one is taken."""
+
+from __future__ import annotations
+
+# Bytes moved cost as much as so many operations of a matrix product.
+_BALANCE = 12.0
+
+
+def contraction_cost(S: int, o: int, i: int, itemsize: int, *, q: int, k: int) -> float:
+    """Operations for one example in a product with k columns, both halves, with bytes moved in units of operations.
+
+    Of the two contractions the cheaper one. Of a parameter without positions, ``S = i = 1``.
+    """
+    return min(by_position(S, o, i, itemsize, q=q, k=k), by_example(S, o, i, itemsize, q=q, k=k))
+
+
+def rows_cost(p: int, itemsize: int, *, q: int, k: int) -> float:
+    """The same where rows of J are there."""
+    return 4.0 * q * p * k + _BALANCE * itemsize * 2 * q * p
+
+
+def by_position(S: int, o: int, i: int, itemsize: int, *, q: int, k: int) -> float:
+    """Both halves as products over all positions."""
+    return 4.0 * S * k * o * (i + q) + _BALANCE * itemsize * S * (4 * k * o + 2 * i)
+
+
+def by_example(S: int, o: int, i: int, itemsize: int, *, q: int, k: int) -> float:
+    """Both halves with rows of J, from positions that are summed first."""
+    return 4.0 * q * o * i * (S + k) + _BALANCE * itemsize * 2 * (2 * q * o * i + S * i)
