@@ -16,7 +16,8 @@ from ntk_lazy.errors import ArgumentError, BudgetError
 _WORKING_SET = {"cpu": 64 << 20, "cuda": 2 << 30}
 # On top of what tensors take: allocators keep freed pieces that are too small for the next tensor, and kernels use
 # workspaces that no operator reports (blocked layouts of convolutions, packed operands of matrix products).
-_SLACK = {"cpu": 2.25, "cuda": 1.25}
+_SLACK = {"cpu": 2.5, "cuda": 1.25}
+_ROWS_SHARE = 0.8  # of the budget: rows of J, beside which stand pieces of what is made of them
 _SHARE_OF_FREE_MEMORY = 0.25
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
@@ -152,8 +153,8 @@ class ChunkRule:
                 requested_bytes=per_example,
                 available_bytes=self.budget,
             )
-        room = min(self.budget, 4 * working_set(self.device_type))
-        fits = max(1, room // per_example)
+        room = min(self.budget * _ROWS_SHARE, 4 * working_set(self.device_type))
+        fits = max(1, int(room // per_example))
         return min(fits, self.chunk_size or fits)
 
 
