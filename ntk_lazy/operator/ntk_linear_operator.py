@@ -19,6 +19,7 @@ from ntk_lazy.errors import BudgetError, ShapeError
 from ntk_lazy.linalg.nystrom import nystrom_root
 from ntk_lazy.model import FunctionalModel, ModelCall
 from ntk_lazy.operator.added_diagonal import AddedDiagonal
+from ntk_lazy.operator.bilinear import BilinearGradient
 from ntk_lazy.operator.gramian import Gramian
 from ntk_lazy.operator.indices import backward_slices, is_everything, is_same_index, plain_indices
 from ntk_lazy.operator.job import job_of
@@ -372,14 +373,22 @@ class NTKLinearOperator(LinearOperator):  # type: ignore[misc]  # linear_operato
 
     @override
     def _bilinear_derivative(self, left_vecs: Tensor, right_vecs: Tensor) -> tuple[Tensor | None, ...]:
+        if left_vecs.ndim == 1:
+            left_vecs, right_vecs = left_vecs.unsqueeze(-1), right_vecs.unsqueeze(-1)
+        return self._gradients(lambda wrt: self._gramian.bilinear(left_vecs, right_vecs, wrt=wrt))
+
+    def dense_derivative(self, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        """Differentiate ``⟨upstream, K⟩`` in all tensors of the representation but the scale."""
+        return self._gradients(lambda wrt: self._gramian.dense_gradient(upstream, wrt=wrt))
+
+    def _gradients(self, differentiate: Callable[[set[str]], BilinearGradient]) -> tuple[Tensor | None, ...]:
+        """Hand what was found by the names of the engine to the tensors that ask for a gradient."""
         names = [*("x1", "x2")[: len(self._args)], *self._differentiable_kwargs]
         asked = {n for n, t in zip(names, self.representation(), strict=True) if t.requires_grad and n[:2] != _BUFFER}
         if not asked:
             return (None,) * len(names)
-        if left_vecs.ndim == 1:
-            left_vecs, right_vecs = left_vecs.unsqueeze(-1), right_vecs.unsqueeze(-1)
         engine_names = {n: {"x1": X1, "x2": X2}.get(n, n[2:]) for n in asked - {"scale"}}
-        total = self._gramian.bilinear(left_vecs, right_vecs, wrt=set(engine_names.values()))
+        total = differentiate(set(engine_names.values()))
         scale = 1.0 if self._gramian.scale is None else self._gramian.scale.detach()
         found = {n: total.gradient(name) for n, name in engine_names.items()}
         scaled = {n: None if g is None else g * scale for n, g in found.items()} | {"scale": total.value}
