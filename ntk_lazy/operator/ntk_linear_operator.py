@@ -17,7 +17,7 @@ from typing_extensions import override
 from ntk_lazy.engines.contract import X1, X2, Preflight
 from ntk_lazy.errors import BudgetError, ShapeError
 from ntk_lazy.linalg.nystrom import nystrom_root
-from ntk_lazy.model import FunctionalModel, ModelCall
+from ntk_lazy.model import FunctionalModel, ModelCall, as_ieee
 from ntk_lazy.operator.added_diagonal import AddedDiagonal
 from ntk_lazy.operator.bilinear import BilinearGradient
 from ntk_lazy.operator.gramian import Gramian
@@ -265,6 +265,9 @@ class NTKLinearOperator(LinearOperator):  # type: ignore[misc]  # linear_operato
             x1: Points of the rows. One example without its leading dimension is one point.
             x2: Points of the columns.
             model: The same model with other tensors of the same names, dtype and device; None for those of now.
+
+        Raises:
+            ShapeError: Points of another shape, kind of numbers or device than those of the kernel.
         """
         old = self._gramian.side1
         example = old.x.shape[old.axis + 1 :]
@@ -277,6 +280,8 @@ class NTKLinearOperator(LinearOperator):  # type: ignore[misc]  # linear_operato
                     f"points of shape {tuple(x.shape)} do not fit a kernel whose examples have shape {tuple(example)}; "
                     "put the number of examples in front."
                 )
+            if x is not None:
+                _check_kind(x, old.x)
             sides.append(None if x is None else Side(x, None, old.example_dims, old.rows_per_example))
         return self._rebuild(cast(Side, sides[0]), sides[1], tensors={} if model is None else _tensors(model))
 
@@ -500,6 +505,16 @@ class NTKLinearOperator(LinearOperator):  # type: ignore[misc]  # linear_operato
     def _map_tensors(self, change: Callable[[Tensor], Tensor]) -> NTKLinearOperator:
         kwargs: dict[str, Any] = {n: change(v) if isinstance(v, Tensor) else v for n, v in self._kwargs.items()}
         return self.__class__(*(change(x) for x in self._args), **kwargs)
+
+
+def _check_kind(points: Tensor, of_kernel: Tensor) -> None:
+    """Refuse points of a dtype or on a device that the model was not checked with."""
+    kinds = [as_ieee(x).dtype if x.is_floating_point() or x.is_complex() else torch.int64 for x in (points, of_kernel)]
+    if kinds[0] != kinds[1] or points.device != of_kernel.device:
+        raise ShapeError(
+            f"points are {points.dtype} on {points.device} and those of the kernel {of_kernel.dtype} on "
+            f"{of_kernel.device}: pass x.to({str(of_kernel.device)!r}, {of_kernel.dtype})."
+        )
 
 
 def _tensors(model: FunctionalModel) -> dict[str, Tensor]:
