@@ -64,7 +64,7 @@ def test_cholesky_is_linear_regression_on_the_jacobian():
 def test_predictions_by_products_are_those_of_cholesky(variance_rank):
     mean, variance = regression()
     gp = Regression().eval()
-    with torch.no_grad(), big_data(prediction_rtol=1e-8, rank=100, variance_rank=variance_rank):
+    with torch.no_grad(), big_data(prediction_rtol=1e-8, rank=1, variance_rank=variance_rank):
         posterior = gp(Z)
         assert defect(posterior.mean, mean) < 1e-5
         assert defect(posterior.variance, variance) < 1e-4
