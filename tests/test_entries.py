@@ -195,3 +195,45 @@ def test_gradients_of_a_block_are_the_same_as_a_whole_and_pair_by_pair(
             # The last bias adds to J what depends on nothing.
             one, two = (torch.zeros(1, dtype=torch.float64) if g is None else g for g in (first, second))
             assert torch.allclose(one, two, rtol=0, atol=1e-10 * float(one.abs().max() + 1))
+
+
+def _rows_with_graph(module: nn.Module, x: Tensor) -> Tensor:
+    """Return J, shape ``(N, C, P)``, by plain reverse mode whose graph reaches parameters and inputs."""
+    rows = []
+    for example in x.split(1):
+        for output in module(example).reshape(-1):
+            grads = torch.autograd.grad(output, list(module.parameters()), create_graph=True)
+            rows.append(torch.cat([g.reshape(-1) for g in grads]))
+    return torch.stack(rows).unflatten(0, (len(x), -1))
+
+
+@pytest.mark.parametrize("outputs", ["full", "trace", "sum", 1])
+def test_gradients_of_a_written_kernel_are_those_of_plain_reverse_mode(outputs: str | int):
+    torch.manual_seed(0)
+    layers = [nn.Linear(3, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 2)]
+    module = nn.Sequential(*layers).double()
+    x, z = (torch.randn(n, 3, dtype=torch.float64, requires_grad=True) for n in (5, 4))
+    scale = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    J, H = _rows_with_graph(module, x), _rows_with_graph(module, z)
+    rows = torch.tensor([3, 0, 3])
+
+    def product(one: Tensor, other: Tensor) -> Tensor:
+        if outputs == "trace":
+            return torch.einsum("icp,jcp->ij", one, other) / 2
+        if outputs == "full":
+            return one.flatten(0, 1) @ other.flatten(0, 1).mT
+        one, other = (t.sum(1) / 2**0.5 if outputs == "sum" else t[:, outputs] for t in (one, other))
+        return one @ other.mT
+
+    K, R = (nl.ntk(module, *points, outputs=outputs, chunk_size=3) * scale for points in ((x,), (x, z)))
+    batched = nl.ntk(module, torch.stack([z, z + 1]), outputs=outputs, input_dims=1) * scale
+    expected = [product(J, J), product(J, H), product(J, J)[rows]]
+    expected.append(torch.stack([product(M, M) for M in (H, _rows_with_graph(module, z + 1))]))
+    for written, dense in zip((K, R, K[rows], batched), expected, strict=True):
+        G = torch.randn(dense.shape, dtype=torch.float64)
+        asked = [x, z, scale, *module.parameters()]
+        found = torch.autograd.grad((written.to_dense() * G).sum(), asked, allow_unused=True)
+        wanted = torch.autograd.grad((scale * dense * G).sum(), asked, allow_unused=True, retain_graph=True)
+        for pair in zip(found, wanted, strict=True):
+            one, two = (torch.zeros(1, dtype=torch.float64) if g is None else g for g in pair)
+            assert torch.allclose(one, two, rtol=0, atol=1e-10 * float(two.abs().max() + 1))

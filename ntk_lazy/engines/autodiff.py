@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -13,7 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from ntk_lazy.engines.chunks import ChunkRule, Chunks, slices
-from ntk_lazy.engines.contract import X1, X2, ColumnsFirst, Engine, ExampleRows, OtherBlock, Preflight
+from ntk_lazy.engines.contract import X1, X2, ColumnsFirst, Engine, ExampleRows, GramMatrix, OtherBlock, Preflight
 from ntk_lazy.engines.cost import passes_of_product, tiles_of_rows
 from ntk_lazy.engines.flat import FlatLayout
 from ntk_lazy.engines.kept import KeptLinearisations
@@ -150,20 +150,48 @@ class AutodiffEngine(Engine):
                     a, b = self._pull(x1, u, chunks), self._pull(x2, v, chunks)
                 value = value + (a * b).sum()
                 for name, x, rows, features in ((X1, x1, u, b), (X2, x2, v, a)):
-                    self._sweep(name, x, rows, features, wrt, chunks, gradient)
+
+                    def cotangents(examples: slice, rows: Block = rows) -> Tensor:
+                        return self.layout.lift(rows[self._rows_of(examples)])
+
+                    def fixed(_: slice, features: ColumnsFirst = features) -> dict[str, Tensor]:
+                        return self._views(features)
+
+                    self._sweep(name, x, slices(x.shape[0], chunks.examples), (cotangents, fixed), wrt, gradient)
         return value, gradient
+
+    @override
+    def rows_gradient(self, x1: Tensor, x2: Tensor, G: GramMatrix, *, wrt: set[str]) -> dict[str, Tensor]:
+        units = self.layout.cotangents(dtype=self.model.dtype, device=x1.device).unsqueeze(1)
+        gradient: dict[str, Tensor] = {}
+        for chunk in self.row_chunks(x1.shape[0]):
+            mine = self._rows_of(chunk)
+            weights = G.new_zeros(mine.stop - mine.start, self.num_features)
+            with torch.no_grad(), ieee_precision():
+                for others in self.row_chunks(x2.shape[0]):
+                    rows = self.rows(x2[others]).reshape(-1, self.num_features)
+                    weights.addmm_(G[mine, self._rows_of(others)], rows)
+
+            def fixed(example: slice, weights: Tensor = weights, start: int = mine.start) -> dict[str, Tensor]:
+                one = self._rows_of(example)
+                return self._views(weights[one.start - start : one.stop - start])
+
+            with ieee_precision(), differentiable_attention():
+                ones = (slice(i, i + 1) for i in range(chunk.start, chunk.stop))
+                self._sweep(X1, x1, ones, (lambda _: units, fixed), wrt, gradient)
+        return gradient
 
     def _sweep(
         self,
         side: str,
         x: Tensor,
-        rows: Block,
-        features: ColumnsFirst,
+        pieces: Iterable[slice],
+        factors: tuple[Callable[[slice], Tensor], Callable[[slice], dict[str, Tensor]]],
         wrt: set[str],
-        chunks: Chunks,
         gradient: dict[str, Tensor],
     ) -> None:
-        """Add to ``gradient`` that of ``⟨Jᵀ rows, features⟩``, which is a sum over examples, with features fixed."""
+        """Add to ``gradient`` that of a sum over pieces of ``⟨Jᵀ cotangents, fixed⟩``, both of them given by piece."""
+        cotangents, fixed = factors
         model = self.model
         leaves = {
             n: t.detach().requires_grad_(n in wrt) for n, t in (model.params | model.constants).items() if n in wrt
@@ -173,7 +201,7 @@ class AutodiffEngine(Engine):
             params={n: leaves.get(n, t.detach()) for n, t in model.params.items()},
             constants={n: leaves.get(n, t.detach()) for n, t in model.constants.items()},
         )
-        for examples in slices(x.shape[0], chunks.examples):
+        for examples in pieces:
             piece = x[examples].detach()
             inputs = dict(leaves)
             if side in wrt:
@@ -183,8 +211,8 @@ class AutodiffEngine(Engine):
             with torch.enable_grad():
                 # Plain autograd: torch 2.13 differentiates forward mode, and vectorised reverse mode, wrongly through
                 # layer norm (it takes the saved mean and scale for constants), and says nothing.
-                pulled = DoubleReverse(model, piece).pull(self.layout.lift(rows[self._rows_of(examples)]))
-                views = self._views(features)
+                pulled = DoubleReverse(model, piece).pull(cotangents(examples))
+                views = fixed(examples)
                 q = torch.stack([(g * views[name]).sum().to(self.model.dtype) for name, g in pulled.items()]).sum()
             if not q.requires_grad:
                 continue

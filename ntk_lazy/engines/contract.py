@@ -83,7 +83,7 @@ class Engine(ABC):
 
     Features are the columns of J: ``passes * P`` of them. Blocks of features have the columns first, so that
     each is one contiguous flat parameter vector (``passes`` of them in trace mode). Nothing here builds a graph
-    except ``rows``, ``entries`` and ``bilinear_gradient``.
+    except ``rows``, ``entries`` and the two gradients.
 
     Attributes:
         model: The model.
@@ -238,6 +238,23 @@ class Engine(ABC):
 
         Returns:
             q itself, and the gradient for each name (absent where q does not depend on it).
+        """
+
+    @abstractmethod
+    def rows_gradient(self, x1: Tensor, x2: Tensor, G: GramMatrix, *, wrt: set[str]) -> dict[str, Tensor]:
+        """Differentiate ``⟨J1, G J2⟩`` with J2 held fixed: half of the gradient of ``⟨G, J1 J2ᵀ⟩``.
+
+        Args:
+            x1: Examples of the rows.
+            x2: Examples of the columns.
+            G: Shape ``(rows of x1, rows of x2)``.
+            wrt: Names of parameters and constants, and ``X1`` for the inputs.
+
+        Returns:
+            The gradient for each name (absent where there is none).
+
+        Cost: ``2 n1 n2 P`` flops, the rows of J2 once for each chunk of J1, and a second derivative of each row of J1,
+            where ``bilinear_gradient`` with the columns of G takes second derivatives of n2 columns.
         """
 
 

@@ -266,6 +266,10 @@ class FactorEngine(Engine):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         return self.autodiff.bilinear_gradient(x1, x2, U, V, wrt=wrt)
 
+    @override
+    def rows_gradient(self, x1: Tensor, x2: Tensor, G: GramMatrix, *, wrt: set[str]) -> dict[str, Tensor]:
+        return self.autodiff.rows_gradient(x1, x2, G, wrt=wrt)
+
     # How it goes through examples.
 
     def _column_bytes(self, widths: Mapping[str, int]) -> int:

@@ -130,6 +130,10 @@ class GramEngine(Engine):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         return self.inner.bilinear_gradient(x1, x2, U, V, wrt=wrt)
 
+    @override
+    def rows_gradient(self, x1: Tensor, x2: Tensor, G: GramMatrix, *, wrt: set[str]) -> dict[str, Tensor]:
+        return self.inner.rows_gradient(x1, x2, G, wrt=wrt)
+
     def _kept_kernel(self, kept: KeptKernels, x1: Tensor, x2: Tensor) -> WrittenKernel:
         key = (x1.data_ptr(), x1.shape, x1.stride(), x2.data_ptr(), x2.shape, x2.stride())
         if key not in kept:

@@ -216,6 +216,10 @@ class PlannedEngine(Engine):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         return self.autodiff.bilinear_gradient(x1, x2, U, V, wrt=wrt)
 
+    @override
+    def rows_gradient(self, x1: Tensor, x2: Tensor, G: GramMatrix, *, wrt: set[str]) -> dict[str, Tensor]:
+        return self.autodiff.rows_gradient(x1, x2, G, wrt=wrt)
+
     @property
     def _layers(self) -> Engine:
         """The engine for whatever is not a product with K."""

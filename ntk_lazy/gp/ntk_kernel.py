@@ -157,6 +157,31 @@ class NTKKernel(Kernel):  # type: ignore[misc]  # gpytorch has no types
         return K if batch == K.batch_shape else K.expand(*batch, *K.matrix_shape)
 
     @override
+    def __call__(
+        self,
+        x1: Tensor,
+        x2: Tensor | None = None,
+        diag: bool = False,
+        last_dim_is_batch: bool = False,
+        **params: Any,
+    ) -> Any:
+        # Beyond here GPyTorch takes columns and compares inputs itself, and torch says what went wrong inside.
+        if self.active_dims is not None:
+            for x in (x1,) if x2 is None else (x1, x2):
+                width = 1 if x.ndim == 1 else x.shape[-1]
+                if int(self.active_dims.max()) >= width:
+                    raise ShapeError(
+                        f"active_dims={self.active_dims.tolist()} choose among columns that start from 0, and inputs "
+                        f"of shape {tuple(x.shape)} have {width}."
+                    )
+        if x2 is not None and x1.ndim > 1 and x2.ndim > 1 and x1.shape[-1] != x2.shape[-1]:
+            raise ShapeError(
+                f"inputs of shape {tuple(x1.shape)} and {tuple(x2.shape)} have {x1.shape[-1]} and {x2.shape[-1]} "
+                "columns: rows and columns of K are examples of one kind."
+            )
+        return super().__call__(x1, x2, diag=diag, last_dim_is_batch=last_dim_is_batch, **params)
+
+    @override
     def num_outputs_per_input(self, x1: Tensor, x2: Tensor) -> int:
         if self._outputs != "full":
             return 1

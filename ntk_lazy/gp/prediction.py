@@ -11,6 +11,7 @@ from linear_operator.operators import AddedDiagLinearOperator, LinearOperator
 from torch import Tensor
 from typing_extensions import override
 
+from ntk_lazy.errors import ShapeError
 from ntk_lazy.operator import NTKLinearOperator
 
 
@@ -30,6 +31,13 @@ class NTKPredictionStrategy(DefaultPredictionStrategy):  # type: ignore[misc]  #
     ) -> None:
         # Evaluated now, so that noise is added to the operator itself and solves are those of its class.
         covariance = train_prior_dist.lazy_covariance_matrix.evaluate_kernel()
+        num_targets = train_prior_dist.event_shape.numel()
+        if covariance.shape[-1] != num_targets:
+            raise ShapeError(
+                f"the covariance of {num_targets} targets has {covariance.shape[-1]} rows: a network with several "
+                "outputs takes as many tasks (MultitaskMultivariateNormal, MultitaskGaussianLikelihood), "
+                "or one output, NTKKernel(..., outputs=0)."
+            )
         evaluated = train_prior_dist.__class__(train_prior_dist.mean, covariance)
         super().__init__(train_inputs, evaluated, train_labels, likelihood, **roots)
         self._weights: tuple[Tensor, Tensor] | None = None

@@ -54,6 +54,32 @@ class BilinearGradient:
             else:
                 self._by_name[name] = self._by_name[name] + part if name in self._by_name else part
 
+    def add_dense(
+        self,
+        engine: Engine,
+        index: tuple[int, ...],
+        sides: tuple[Side, Side],
+        G: Tensor,
+        *,
+        wrt: set[str],
+    ) -> None:
+        """Add the part of one kernel of ``⟨G, J1 J2ᵀ⟩``, G on the rows of both sides; ``value`` stays as it is.
+
+        The rows of J are differentiated one by one: as a bilinear form with the columns of G it would be all of them
+        again for each column.
+        """
+        is_symmetric = X2 not in self._inputs
+        full = sides[1].scatter(sides[0].scatter(G).mT).mT
+        # Both roles of one side at once: Jᵀ stands left and right.
+        halves = [(full + full.mT, *sides, X1)] if is_symmetric else [(full, *sides, X1), (full.mT, *sides[::-1], X2)]
+        for weights, rows, others, name in halves:
+            names = (wrt - {X1, X2}) | ({X1} if name in wrt else set())
+            for found, part in engine.rows_gradient(rows.x, others.x, weights, wrt=names).items():
+                if found == X1:
+                    self._add_input(name, rows, index, part)
+                else:
+                    self._by_name[found] = self._by_name[found] + part if found in self._by_name else part
+
     def gradient(self, name: str) -> Tensor | None:
         """The gradient for one name, None where there is none."""
         return self._by_name.get(name)

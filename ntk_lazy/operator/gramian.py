@@ -155,6 +155,18 @@ class Gramian:
             total.add(self.engine, index, (side1, side2), (left[index], right[index]), wrt=wrt)
         return total
 
+    def dense_gradient(self, upstream: Tensor, *, wrt: set[str]) -> BilinearGradient:
+        """Differentiate ``⟨upstream, J1 J2ᵀ⟩``, summed over batches, in parameters and inputs.
+
+        Args:
+            upstream: Shape ``(*batch, n1, n2)``.
+            wrt: Names of the engine.
+        """
+        total = BilinearGradient(self.side1, self.side2)
+        for index, side1, side2 in self._members(self.batch_shape):
+            total.add_dense(self.engine, index, (side1, side2), upstream[index], wrt=wrt)
+        return total
+
     def _members(self, batch: torch.Size) -> Iterator[tuple[tuple[int, ...], Side, Side]]:
         """Go through the kernels of a batch: the index of each, and its two sides."""
         own = batch[len(batch) - len(self.batch_shape) :]

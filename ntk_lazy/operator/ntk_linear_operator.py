@@ -17,8 +17,9 @@ from typing_extensions import override
 from ntk_lazy.engines.contract import X1, X2, Preflight
 from ntk_lazy.errors import BudgetError, ShapeError
 from ntk_lazy.linalg.nystrom import nystrom_root
-from ntk_lazy.model import FunctionalModel, ModelCall
+from ntk_lazy.model import FunctionalModel, ModelCall, as_ieee
 from ntk_lazy.operator.added_diagonal import AddedDiagonal
+from ntk_lazy.operator.bilinear import BilinearGradient
 from ntk_lazy.operator.gramian import Gramian
 from ntk_lazy.operator.indices import backward_slices, is_everything, is_same_index, plain_indices
 from ntk_lazy.operator.job import job_of
@@ -264,6 +265,9 @@ class NTKLinearOperator(LinearOperator):  # type: ignore[misc]  # linear_operato
             x1: Points of the rows. One example without its leading dimension is one point.
             x2: Points of the columns.
             model: The same model with other tensors of the same names, dtype and device; None for those of now.
+
+        Raises:
+            ShapeError: Points of another shape, kind of numbers or device than those of the kernel.
         """
         old = self._gramian.side1
         example = old.x.shape[old.axis + 1 :]
@@ -276,6 +280,8 @@ class NTKLinearOperator(LinearOperator):  # type: ignore[misc]  # linear_operato
                     f"points of shape {tuple(x.shape)} do not fit a kernel whose examples have shape {tuple(example)}; "
                     "put the number of examples in front."
                 )
+            if x is not None:
+                _check_kind(x, old.x)
             sides.append(None if x is None else Side(x, None, old.example_dims, old.rows_per_example))
         return self._rebuild(cast(Side, sides[0]), sides[1], tensors={} if model is None else _tensors(model))
 
@@ -372,14 +378,22 @@ class NTKLinearOperator(LinearOperator):  # type: ignore[misc]  # linear_operato
 
     @override
     def _bilinear_derivative(self, left_vecs: Tensor, right_vecs: Tensor) -> tuple[Tensor | None, ...]:
+        if left_vecs.ndim == 1:
+            left_vecs, right_vecs = left_vecs.unsqueeze(-1), right_vecs.unsqueeze(-1)
+        return self._gradients(lambda wrt: self._gramian.bilinear(left_vecs, right_vecs, wrt=wrt))
+
+    def dense_derivative(self, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        """Differentiate ``⟨upstream, K⟩`` in all tensors of the representation but the scale."""
+        return self._gradients(lambda wrt: self._gramian.dense_gradient(upstream, wrt=wrt))
+
+    def _gradients(self, differentiate: Callable[[set[str]], BilinearGradient]) -> tuple[Tensor | None, ...]:
+        """Hand what was found by the names of the engine to the tensors that ask for a gradient."""
         names = [*("x1", "x2")[: len(self._args)], *self._differentiable_kwargs]
         asked = {n for n, t in zip(names, self.representation(), strict=True) if t.requires_grad and n[:2] != _BUFFER}
         if not asked:
             return (None,) * len(names)
-        if left_vecs.ndim == 1:
-            left_vecs, right_vecs = left_vecs.unsqueeze(-1), right_vecs.unsqueeze(-1)
         engine_names = {n: {"x1": X1, "x2": X2}.get(n, n[2:]) for n in asked - {"scale"}}
-        total = self._gramian.bilinear(left_vecs, right_vecs, wrt=set(engine_names.values()))
+        total = differentiate(set(engine_names.values()))
         scale = 1.0 if self._gramian.scale is None else self._gramian.scale.detach()
         found = {n: total.gradient(name) for n, name in engine_names.items()}
         scaled = {n: None if g is None else g * scale for n, g in found.items()} | {"scale": total.value}
@@ -491,6 +505,16 @@ class NTKLinearOperator(LinearOperator):  # type: ignore[misc]  # linear_operato
     def _map_tensors(self, change: Callable[[Tensor], Tensor]) -> NTKLinearOperator:
         kwargs: dict[str, Any] = {n: change(v) if isinstance(v, Tensor) else v for n, v in self._kwargs.items()}
         return self.__class__(*(change(x) for x in self._args), **kwargs)
+
+
+def _check_kind(points: Tensor, of_kernel: Tensor) -> None:
+    """Refuse points of a dtype or on a device that the model was not checked with."""
+    kinds = [as_ieee(x).dtype if x.is_floating_point() or x.is_complex() else torch.int64 for x in (points, of_kernel)]
+    if kinds[0] != kinds[1] or points.device != of_kernel.device:
+        raise ShapeError(
+            f"points are {points.dtype} on {points.device} and those of the kernel {of_kernel.dtype} on "
+            f"{of_kernel.device}: pass x.to({str(of_kernel.device)!r}, {of_kernel.dtype})."
+        )
 
 
 def _tensors(model: FunctionalModel) -> dict[str, Tensor]:

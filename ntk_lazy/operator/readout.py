@@ -58,7 +58,7 @@ class _Entries(torch.autograd.Function):
 
 
 class _Dense(torch.autograd.Function):
-    """All of K; its gradient is that of ``sum_j g_jᵀ K e_j``."""
+    """All of K, whose gradient is that of ``⟨G, K⟩``."""
 
     @staticmethod
     @override
@@ -71,9 +71,7 @@ class _Dense(torch.autograd.Function):
     @override
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         operator = ctx.tree(*ctx.saved_tensors)
-        (upstream,) = grads
-        eye = torch.eye(upstream.shape[-1], dtype=upstream.dtype, device=upstream.device)
-        return (None, *operator._bilinear_derivative(upstream, eye.expand(*upstream.shape[:-2], *eye.shape)))
+        return (None, *operator.dense_derivative(grads[0]))
 
 
 def _leaves(ctx: FunctionCtx) -> list[Tensor]:

@@ -76,7 +76,12 @@ class Side:
 
         Inputs that ask for gradients are kept apart: each side has a gradient of its own.
         """
-        if self.x.requires_grad or other.x.requires_grad or self.x.shape != other.x.shape:
+        if (
+            self.x.requires_grad
+            or other.x.requires_grad
+            or self.x.shape != other.x.shape
+            or self.x.dtype != other.x.dtype
+        ):
             return False
         if (self.selected is None) != (other.selected is None) or not torch.equal(self.x, other.x):
             return False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 
+import gpytorch
 import pytest
 import torch
 from gpytorch.kernels import ScaleKernel
@@ -53,6 +54,56 @@ def test_inputs_that_do_not_fit_are_refused(kernel, x, says, scaled):
     kernel = ScaleKernel(kernel()) if scaled else kernel()
     with pytest.raises(nl.ShapeError, match=f"(?s){says}"):
         kernel(x).evaluate_kernel()
+
+
+@pytest.mark.parametrize(
+    ("kernel", "inputs", "says"),
+    [
+        (lambda: NTKKernel(_network()), (X, torch.randn(4, 5)), "have 3 and 5 columns"),
+        (lambda: NTKKernel(_network(), active_dims=(0, 1, 5)), (torch.randn(5, 4),), "active_dims=.0, 1, 5.*have 4"),
+        (lambda: NTKKernel(_network()), (X, X.double()), "float64 on cpu and those of the kernel torch.float32"),
+        (lambda: NTKKernel(_network()), (X, X.to("meta")), "inputs are on meta"),
+        (lambda: NTKKernel(_network()), (X[:, 0],), "examples of shape .1,.*one example a row"),
+        (lambda: NTKKernel(_network()), (X, X.half()), "torch.float16.*x.float()"),
+    ],
+)
+def test_a_second_set_of_inputs_and_columns_that_do_not_fit_are_refused(kernel, inputs, says):
+    with pytest.raises(nl.ShapeError, match=says):
+        kernel()(*inputs).evaluate_kernel()
+
+
+@pytest.mark.parametrize("other", [X.double(), X.half(), X.long(), X.to("meta")], ids=lambda x: f"{x.dtype} {x.device}")
+def test_points_of_another_kind_are_refused_by_a_kernel_that_is_moved_to_them(other):
+    network = _network()
+    if other.dtype == torch.float16:
+        network.double()
+    K = nl.ntk(network, X.to(network[0].weight.dtype))
+    with pytest.raises(nl.ShapeError, match=r"points are .* and those of the kernel .*: pass x.to"):
+        K.at(other)
+    assert K.at(X.to(network[0].weight.dtype)).shape == K.shape
+
+
+def test_one_target_for_several_outputs_is_refused():
+    class Regression(gpytorch.models.ExactGP):
+        def __init__(self) -> None:
+            super().__init__(X, X[:, 0], gpytorch.likelihoods.GaussianLikelihood())
+            self.covar_module = NTKKernel(_network())
+
+        def forward(self, x: Tensor) -> gpytorch.distributions.MultivariateNormal:
+            return gpytorch.distributions.MultivariateNormal(x[..., 0], self.covar_module(x))
+
+    with pytest.raises(nl.ShapeError, match=r"5 targets has 10 rows.*outputs=0"):
+        Regression().eval()(X[:2])
+
+
+def test_no_point_is_an_empty_kernel():
+    assert NTKKernel(_network())(X, X[:0]).to_dense().shape == (10, 0)
+
+
+@pytest.mark.parametrize("option", ["ard_num_dims", "lengthscale_prior"])
+def test_options_of_kernels_with_lengthscales_are_refused(option):
+    with pytest.raises(TypeError, match=option):
+        NTKKernel(_network(), **{option: 2})
 
 
 def test_inputs_that_are_not_finite_are_refused():

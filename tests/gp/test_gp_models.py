@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gpytorch
+import pytest
 import torch
 from gpytorch.distributions import MultitaskMultivariateNormal, MultivariateNormal
 from gpytorch.kernels import ScaleKernel
 from gpytorch.likelihoods import GaussianLikelihood, MultitaskGaussianLikelihood
 from oracle import defect
+from sklearn.datasets import load_digits
 from torch import Generator, Tensor, nn
 
 from ntk_lazy.gp import NTKKernel, big_data
@@ -106,12 +108,54 @@ def test_inducing_points_are_trained_through_the_kernel():
     bound = gpytorch.mlls.VariationalELBO(likelihood, gp, num_data=80)
     optimiser = torch.optim.Adam([*gp.parameters(), *likelihood.parameters()], lr=0.05)
     losses = []
-    for _ in range(15):
+    for step in range(16):
+        batch = slice(40 * (step % 2), 40 * (step % 2) + 40)  # minibatches, which inducing points are for
         optimiser.zero_grad()
-        loss = -bound(gp(x), y)
+        loss = -bound(gp(x[batch]), y[batch])
         loss.backward()
         optimiser.step()
         losses.append(loss.item())
     inducing = gp.variational_strategy.inducing_points
     assert inducing.grad.abs().max() > 0
-    assert losses[-1] < losses[0]
+    assert sum(losses[-2:]) < sum(losses[:2])
+
+
+@pytest.mark.slow
+def test_ten_classes_of_digits_are_told_apart_by_the_kernel_of_a_trained_network():
+    data = load_digits()
+    order = torch.randperm(len(data.target), generator=Generator().manual_seed(0))
+    images = torch.tensor(data.images)[order].unsqueeze(1) / 16
+    labels = torch.tensor(data.target)[order]
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 6, 3), nn.Tanh(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(54, 10)]
+    net = nn.Sequential(*layers).double()
+    optimiser = torch.optim.Adam(net.parameters(), lr=1e-2)
+    for _ in range(200):
+        optimiser.zero_grad()
+        loss = nn.functional.cross_entropy(net(images[1000:]), labels[1000:])
+        loss.backward()
+        optimiser.step()
+    train, tests, held_out = slice(0, 80), slice(80, 180), labels[80:180]
+    y = nn.functional.one_hot(labels[train], 10).double() - 0.1
+    found = []
+    for kernel, inputs in (
+        (NTKKernel(net, input_shape=(1, 8, 8)), images[:180].flatten(1)),
+        (NTKKernel(net, dataset=images), torch.arange(180)[:, None]),
+    ):
+        gp = Model(inputs[train], y, kernel, num_tasks=10).train()
+        optimiser = torch.optim.Adam(gp.parameters(), lr=0.1)
+        marginal, losses = gpytorch.mlls.ExactMarginalLogLikelihood(gp.likelihood, gp), []
+        for _ in range(3):
+            optimiser.zero_grad()
+            loss = -marginal(gp(inputs[train]), y)
+            loss.backward()
+            optimiser.step()
+            losses.append(loss.item())
+        assert losses[-1] < losses[0]
+        with torch.no_grad():
+            posterior = gp.eval()(inputs[tests])
+        found.append((posterior.mean, posterior.variance))
+    assert (found[0][0].argmax(1) == held_out).double().mean() > 0.8
+    assert (found[0][1] > 0).all()
+    assert defect(found[1][0], found[0][0]) < 1e-8
+    assert defect(found[1][1], found[0][1]) < 1e-8
