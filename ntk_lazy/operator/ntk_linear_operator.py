@@ -169,13 +169,14 @@ class NTKLinearOperator(LinearOperator):  # type: ignore[misc]  # linear_operato
             num_columns: Columns of one product.
             num_products: Products in a row, within ``linearised``, during which parameters stay as they are.
             eigenpairs: Plan for ``eigsh(K, eigenpairs)`` instead: about ``1.75 k / b + 5`` products of b columns.
-            solve: Plan for a solve by conjugate gradients instead, such as ``Solve(noise=0.1)``.
+            solve: Plan for a solve instead, such as ``Solve(noise=0.1)``: by conjugate gradients, or, where J has fewer
+                columns than rows, by a Gram matrix of the columns.
 
         Returns:
             The plan: engine, chunks, predicted bytes, flops and seconds; ``print`` it.
 
         Cost: two rates of the machine are measured, once. Nothing is multiplied, except that for ``solve`` the kernel
-            between 512 of the rows is written down.
+            between 512 of the rows is written down, once while parameters and inputs stay the same.
 
         Raises:
             BudgetError: Not even one example and one column fit the memory budget.
@@ -412,7 +413,7 @@ class NTKLinearOperator(LinearOperator):  # type: ignore[misc]  # linear_operato
         scale = self._gramian.scale
         if scale is not None and scale.requires_grad:
             # Its gradient comes from the entries, where a backward pass through K takes products with n columns.
-            unscaled = self.__class__(*self._args, **(self._kwargs | {"scale": None}))
+            unscaled = self.unscaled()
             return write_down(unscaled.representation_tree(), unscaled.representation()) * scale
         return write_down(self.representation_tree(), self.representation())
 
@@ -454,7 +455,7 @@ class NTKLinearOperator(LinearOperator):  # type: ignore[misc]  # linear_operato
         scale, rows = self._gramian.scale, self._gramian.side1
         if scale is not None and not float(scale.detach()) > 0:
             return None
-        unscaled = self if scale is None else self.__class__(*self._args, **(self._kwargs | {"scale": None}))
+        unscaled = self.unscaled()
 
         def make() -> Tensor:
             with torch.no_grad():
@@ -462,6 +463,15 @@ class NTKLinearOperator(LinearOperator):  # type: ignore[misc]  # linear_operato
 
         root = make() if self.batch_shape else self._settings.root.get(self._model, rows.x, rows.selected, rank, make)
         return root if scale is None else root * scale.detach().sqrt()
+
+    def unscaled(self) -> NTKLinearOperator:
+        """The same kernel without its scale: ``J1 J2ᵀ``."""
+        return self if self._gramian.scale is None else self.__class__(*self._args, **(self._kwargs | {"scale": None}))
+
+    @property
+    def settings(self) -> EngineSettings:
+        """What was asked of the engine, and what is kept from one operator to the next."""
+        return self._settings
 
     @property
     def gramian(self) -> Gramian:
