@@ -41,6 +41,7 @@ class EngineSettings:
         chunk_size: Examples in a chunk, or None to derive it from the budget.
         scratch: Where what is kept goes that does not fit the budget, or None.
         root: That of the last preconditioner; here, because operators come and go and settings stay.
+        pairs: That of the preconditioner from eigenpairs that the user gave.
         gram: The last Gram matrix of the columns of J.
         spectrum: The last one that was sampled for a plan.
     """
@@ -51,6 +52,7 @@ class EngineSettings:
     chunk_size: int | None
     scratch: Scratch | None = None
     root: KeptValue = field(default_factory=KeptValue, compare=False, repr=False)
+    pairs: KeptValue = field(default_factory=KeptValue, compare=False, repr=False)
     gram: KeptValue = field(default_factory=KeptValue, compare=False, repr=False)
     spectrum: KeptValue = field(default_factory=KeptValue, compare=False, repr=False)
     _running: list[Engine] = field(default_factory=list, compare=False, repr=False)

@@ -41,7 +41,8 @@ class AddedDiagonal(AddedDiagLinearOperator):  # type: ignore[misc]  # linear_op
       ``cg_tolerance``; linear_operator's stop at steps whose curvature is below 1e-10 in absolute terms.
     - The preconditioner is a randomised Nyström approximation of rank ``max_preconditioner_size``, from one product,
       in place of a pivoted Cholesky factor; it is kept while parameters and inputs stay the same, whatever becomes of
-      scale and diagonal. Gradients of log determinants do not go through it, and stay unbiased.
+      scale and diagonal. Gradients of log determinants do not go through it, and stay unbiased. Eigenpairs of K that
+      were given (``precondition_with``) take its place.
     - A diagonal of equal numbers that is not one number keeps the gradient of each.
     - Where J has fewer columns than rows, and the plan finds it cheaper, solves go by a Gram matrix of the columns,
       and log determinants with their gradients in scale and diagonal are exact. See ``WeightSpace``.
@@ -134,13 +135,15 @@ class AddedDiagonal(AddedDiagLinearOperator):  # type: ignore[misc]  # linear_op
             return None
         rtol, rank = float(settings.cg_tolerance.value()), int(settings.max_preconditioner_size.value())
         is_small = self.size(-1) < settings.min_preconditioning_size.value()
+        known = self.kernel.deflation_root()
         with torch.no_grad():
             return WeightSpace.of(
                 self.kernel,
                 self._diag_tensor._diagonal().detach(),
                 right_hand_sides=right_hand_sides,
                 rtol=min(max(rtol, torch.finfo(self.dtype).eps), _MOST_RTOL),
-                rank=0 if is_small else min(rank, self.size(-1)),
+                # Pairs that are given cost no product; the plan takes them for a Nyström approximation of their rank.
+                rank=known.shape[1] if known is not None else 0 if is_small else min(rank, self.size(-1)),
                 num_solves=num_solves,
             )
 
@@ -170,17 +173,21 @@ class AddedDiagonal(AddedDiagLinearOperator):  # type: ignore[misc]  # linear_op
     def _preconditioner(self) -> tuple[Callable[[Tensor], Tensor] | None, LinearOperator | None, Tensor | None]:
         rank = int(settings.max_preconditioner_size.value())
         is_small = self.size(-1) < settings.min_preconditioning_size.value()
-        if self.preconditioner_override is not None or rank == 0 or is_small:
+        known = self.kernel.deflation_root()
+        if self.preconditioner_override is not None or (known is None and (rank == 0 or is_small)):
             found: tuple[Any, Any, Any] = super()._preconditioner()
             return found
         self._check_diagonal()
         if self._q_cache is None:
-            root = self.kernel.nystrom_root(min(rank, self.size(-1)))
+            root = self.kernel.nystrom_root(min(rank, self.size(-1))) if known is None else known
             if root is None:
                 return None, None, None
             self._piv_chol_self = root
             self._init_cache()
-        return super()._preconditioner()
+        # There is one now: the settings have been asked.
+        with settings.max_preconditioner_size(max(rank, 1)), settings.min_preconditioning_size(0):
+            made: tuple[Any, Any, Any] = super()._preconditioner()
+        return made
 
     @override
     def _init_cache(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import gpytorch
 import pytest
 import torch
@@ -259,6 +261,22 @@ def test_float32_gets_there_too(noise: float, grams: list[int]):
     assert len(grams) == 1
     assert ((B - dense @ X.double()).norm(dim=0) <= 1.1e-4 * B.norm(dim=0)).all()
     assert abs(log_determinant - dense.logdet()) < 1e-5 * abs(dense.logdet())
+
+
+@pytest.mark.parametrize("wrong", [1.3, 50.0])
+def test_a_factor_that_is_off_is_refined_or_becomes_a_preconditioner(wrong: float):
+    model, x, B, noise = network(), random(N, 3), random(N, 2, seed=5), 1e-2
+    K, J = nl.ntk(model, x).detach(), dense_jacobian(model, x)
+    options = {"right_hand_sides": 1, "rtol": 1e-2, "rank": 0, "num_solves": 1}
+    weights = WeightSpace.of(K, torch.full((N,), noise, dtype=torch.float64), **options)
+    spoilt = replace(weights, factor=weights.gram.factor(wrong * noise))
+    solution = spoilt.solve(lambda V: J @ (J.mT @ V) + noise * V, B, rtol=1e-8, max_steps=200)
+    residual = B - J @ (J.mT @ solution.X) - noise * solution.X
+    assert (residual.norm(dim=0) <= 1.1e-8 * B.norm(dim=0)).all()
+    assert solution.worst <= 1e-8
+    assert solution.first > 1e-3
+    assert spoilt.is_doubtful(solution)
+    assert not weights.is_doubtful(weights.solve(lambda V: J @ (J.mT @ V) + noise * V, B, rtol=1e-8, max_steps=200))
 
 
 def test_what_it_is_not_for_is_left_to_conjugate_gradients(grams: list[int]):
