@@ -15,9 +15,10 @@ from ntk_lazy.engines.chunks import Chunks
 from ntk_lazy.engines.contract import Engine, Preflight
 from ntk_lazy.engines.factors import FactorEngine
 from ntk_lazy.engines.gram import GramEngine
-from ntk_lazy.engines.kept_root import KeptRoot
-from ntk_lazy.engines.planned import Alternative, PlannedEngine
+from ntk_lazy.engines.kept_value import KeptValue
+from ntk_lazy.engines.planned import Alternative, PlannedEngine, ranked
 from ntk_lazy.engines.scratch import Scratch
+from ntk_lazy.engines.weight_gram import WEIGHTS, weight_alternative
 from ntk_lazy.errors import ArgumentError
 from ntk_lazy.model import FunctionalModel
 from ntk_lazy.outputs import OutputLayout
@@ -40,6 +41,9 @@ class EngineSettings:
         chunk_size: Examples in a chunk, or None to derive it from the budget.
         scratch: Where what is kept goes that does not fit the budget, or None.
         root: That of the last preconditioner; here, because operators come and go and settings stay.
+        pairs: That of the preconditioner from eigenpairs that the user gave.
+        gram: The last Gram matrix of the columns of J.
+        spectrum: The last one that was sampled for a plan.
     """
 
     engine: EngineName
@@ -47,7 +51,10 @@ class EngineSettings:
     max_dense_bytes: int
     chunk_size: int | None
     scratch: Scratch | None = None
-    root: KeptRoot = field(default_factory=KeptRoot, compare=False, repr=False)
+    root: KeptValue = field(default_factory=KeptValue, compare=False, repr=False)
+    pairs: KeptValue = field(default_factory=KeptValue, compare=False, repr=False)
+    gram: KeptValue = field(default_factory=KeptValue, compare=False, repr=False)
+    spectrum: KeptValue = field(default_factory=KeptValue, compare=False, repr=False)
     _running: list[Engine] = field(default_factory=list, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -126,18 +133,24 @@ class Job:
     def __str__(self) -> str:
         each = f"{_counted(self.num_columns, 'column')}{' each' if self.num_products > 1 else ''}"
         products = f"{_counted(self.num_products, 'product')} of {each}"
+        if self.solve is not None:
+            return self._solve_text(f"about {products}")
         if self.eigenpairs is not None:
             return f"eigsh(K, {self.eigenpairs}): about {products}"
         # What eigsh does by itself.
         within = f"within K.linearised({self.total_columns})"
-        if self.solve is None:
-            return f"{products}, {within}" if self.num_products > 1 else products
+        return f"{products}, {within}" if self.num_products > 1 else products
+
+    def _solve_text(self, products: str) -> str:
+        assert self.solve is not None
         asked = self.solve.job
         right = _counted(asked.right_hand_sides, "right-hand side")
+        many = f", {asked.num_solves:,} times" if asked.num_solves > 1 else ""
         made = f" and a preconditioner of rank {asked.rank:,}" if asked.rank else ""
         steps = f"{_counted(self.solve.iterations, 'iteration')} of conjugate gradients"
         return (
-            f"(K + {asked.noise:g} I) X = B, {right}, rtol = {asked.rtol:g}: about {products}, {within}\n"
+            f"(K + {asked.noise:g} I) X = B, {right}, rtol = {asked.rtol:g}{many}: {products}, "
+            f"within K.linearised({self.total_columns})\n"
             f"{_INDENT}{steps}{made}; condition number about {_rounded(self.solve.condition)}, from a sample of rows"
         )
 
@@ -157,7 +170,8 @@ class Plan:
         preflight: What the check of the model found.
         engine: The engine that multiplies.
         why: Why this one, in a line.
-        alternatives: What each engine would take, the chosen one first; none where the user chose.
+        alternatives: What each engine would take, the chosen one first; none where the user chose. For a solve also
+            what ``"weights"`` would take: no products, but the Gram matrix of the columns of J.
         chunks: Examples and columns at once, and the bytes that they hold.
         memory_budget: Bytes allowed.
     """
@@ -197,6 +211,9 @@ class Plan:
             alternatives = engine.alternatives(
                 num_examples, is_symmetric=is_symmetric, columns=job.num_columns, calls=job.num_products
             )
+            if job.solve is not None:
+                by_weights = weight_alternative(engine, num_examples[0], shape[-1], job.solve)
+                alternatives = ranked([*alternatives, *([] if by_weights is None else [by_weights])])
             why = _reason(alternatives, job, prod(shape[-2:]) * model.dtype.itemsize)
             name, engine = alternatives[0].engine, engine.choice(alternatives[0].engine)
         return cls(
@@ -232,15 +249,20 @@ class Plan:
 
     @property
     def predicted_bytes(self) -> int:
-        """Bytes held beside operands and result while a product runs."""
-        return self.chunks.bytes
+        """Bytes held beside operands and result while a product runs, or a solve without products."""
+        chosen = self.alternatives[0] if self.engine == WEIGHTS else None
+        return self.chunks.bytes if chosen is None or chosen.num_bytes is None else chosen.num_bytes
 
     @property
     def predicted_flops(self) -> float:
         """Of one product: ``12 N P`` for each column and pass by automatic differentiation, ``4 N P`` by factors.
 
-        Exact for dense layers, a lower bound where parameters are shared. With K kept, ``2 n1 n2``.
+        Exact for dense layers, a lower bound where parameters are shared. With K kept, ``2 n1 n2``. Of solves by
+        weights, all of them: ``n F² + F³ / 3`` with F columns of J.
         """
+        if self.engine == WEIGHTS and self.job.solve is not None:
+            F = float(self.num_params * self.layout.passes)
+            return self.shape[-1] * F**2 + self.job.solve.job.num_solves * F**3 / 3
         if self.engine == "gram":
             return 2.0 * prod(self.shape) * self.num_columns
         return (
@@ -270,7 +292,8 @@ class Plan:
             f"  chunks   {self.chunks.examples:,} examples x {columns} at a time",
             f"  memory   {_size(self.predicted_bytes)} predicted, {_size(self.memory_budget)} allowed; "
             f"K written down would take {_size(self.dense_bytes)}",
-            f"  work     about {self.predicted_flops:.2g} flop for each product",
+            f"  work     about {self.predicted_flops:.2g} flop for "
+            f"{'all of it' if self.engine == WEIGHTS else 'each product'}",
             *self._coverage_lines(),
         ]
         note = self.preflight.derivatives.note
@@ -306,6 +329,8 @@ def _reason(alternatives: tuple[Alternative, ...], job: Job, dense_bytes: int) -
         lead = f"{rivals[0].seconds / best.seconds:.2g} times as fast as {rivals[0].engine}"
     else:
         lead = "the only one that fits the budget" if others else "the only one for this model"
+    if best.engine == WEIGHTS:
+        return f"{lead}, with no product but for checks; J has fewer columns than rows"
     columns, many = _counted(job.total_columns, "column"), job.total_columns > 1
     if best.engine == "gram":
         return f"{lead}; K fits ({_size(dense_bytes)}), and {columns} pay{'' if many else 's'} for writing it down"

@@ -20,19 +20,21 @@ _MOST_ITERATIONS = 10_000
 
 @dataclass(frozen=True, kw_only=True)
 class Solve:
-    """A job to plan: ``(K + noise I) X = B`` by conjugate gradients, as in a Gaussian process.
+    """A job to plan: ``(K + noise I) X = B`` by conjugate gradients or what is cheaper, as in a Gaussian process.
 
     Attributes:
         noise: Added to the diagonal, in the units of K; positive.
         right_hand_sides: Columns of B; all of them are multiplied in each iteration.
         rtol: ``‖(K + noise I) x − b‖ <= rtol ‖b‖`` for each column.
         rank: Columns of a randomised Nyström preconditioner, 0 for none.
+        num_solves: Of one kernel, in a row, as training has them: noise and scale change, and the preconditioner stays.
     """
 
     noise: float
     right_hand_sides: int = 1
     rtol: float = 1e-2
     rank: int = 0
+    num_solves: int = 1
 
     def __post_init__(self) -> None:
         if not (isinstance(self.noise, int | float) and 0 < self.noise < math.inf):
@@ -40,6 +42,7 @@ class Solve:
         if not (isinstance(self.rtol, int | float) and 0 < self.rtol < 1):
             raise ArgumentError(f"rtol must be between 0 and 1, not {self.rtol!r}.")
         check_count(self.right_hand_sides, "right_hand_sides")
+        check_count(self.num_solves, "num_solves")
         if self.rank != 0:
             check_count(self.rank, "rank")
 
@@ -103,7 +106,7 @@ class PredictedSolve:
 
     Attributes:
         job: What is solved.
-        iterations: Products with all right-hand sides, those that make the preconditioner not counted.
+        iterations: Products with all right-hand sides in one solve, those that make the preconditioner not counted.
         most_iterations: What the condition number alone promises; far more where eigenvalues decay fast.
         condition: Estimated condition number of ``K + noise I``, preconditioned.
     """
@@ -142,7 +145,7 @@ class PredictedSolve:
     @property
     def num_products(self) -> int:
         """Products with as many columns as there are right-hand sides, those of the preconditioner among them."""
-        return self.iterations + math.ceil(self.job.rank / self.job.right_hand_sides)
+        return self.job.num_solves * self.iterations + math.ceil(self.job.rank / self.job.right_hand_sides)
 
 
 def _count_iterations(diagonal: Tensor, b: Tensor, rtol: float, *, limit: int) -> int | None:

@@ -80,6 +80,15 @@ class CostModel:
         moved = _TOUCHES * (2 + q) * self.preflight.activation_bytes
         return examples * (self._forward * passes / self.rates.flops + moved / self.rates.bytes)
 
+    def rows(self) -> float:
+        """All rows of J of the first side, once."""
+        q, n = self.layout.rows_per_example, self.num_examples[0]
+        seconds = n * 3.0 * q * self.layout.passes * self.num_params * self.itemsize / self.rates.bytes
+        seconds += self.capture() if self._covered else 0.0
+        if self.coverage.uncovered.keys() - self.coverage.by_rows:
+            seconds += n * (1 + 2 * q * self.layout.passes) * self._seconds_alone
+        return seconds
+
     def products(self, columns: int) -> float:
         """One product from factors that are there."""
         return self.factors(columns, is_kept=True) - self.capture()

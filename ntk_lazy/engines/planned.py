@@ -106,7 +106,7 @@ class PlannedEngine(Engine):
         cost = self._cost(num_examples, is_symmetric)
         seconds, held = cost.autodiff(columns, calls), self._held(self.autodiff, max(num_examples), columns)
         autodiff = Alternative("autodiff", seconds, held, self.preflight.derivatives.mode)
-        return _ranked([autodiff, *self._by_layers(cost, columns, calls)])
+        return ranked([autodiff, *self._by_layers(cost, columns, calls)])
 
     def _by_layers(self, cost: CostModel, columns: int, calls: int) -> list[Alternative]:
         """Predict what the engines would take that go by layers."""
@@ -257,12 +257,12 @@ class PlannedEngine(Engine):
     def _cheapest(self, num_examples: tuple[int, int], is_symmetric: bool, columns: int, calls: int) -> Engine:
         """Choose as ``alternatives`` ranks; how the model differentiates is found out only where it could matter."""
         cost = self._cost(num_examples, is_symmetric)
-        best = next(iter(_ranked(self._by_layers(cost, columns, calls))), None)
+        best = next(iter(ranked(self._by_layers(cost, columns, calls))), None)
         least = cost.autodiff(columns, calls, mode="forward-over-reverse")
         if best is not None and best.num_bytes is not None and best.seconds <= least:
             return self.choice(best.engine)
-        ranked = self.alternatives(num_examples, is_symmetric=is_symmetric, columns=columns, calls=calls)
-        return self.choice(ranked[0].engine)
+        ways = self.alternatives(num_examples, is_symmetric=is_symmetric, columns=columns, calls=calls)
+        return self.choice(ways[0].engine)
 
     def _try(self, engine: Engine, run: Callable[[Engine], Result]) -> Result:
         try:
@@ -280,6 +280,6 @@ class PlannedEngine(Engine):
             return None
 
 
-def _ranked(alternatives: list[Alternative]) -> tuple[Alternative, ...]:
+def ranked(alternatives: list[Alternative]) -> tuple[Alternative, ...]:
     """Cheapest first, of those that fit the budget; then the others."""
     return tuple(sorted(alternatives, key=lambda a: (a.num_bytes is None, a.seconds)))

@@ -7,12 +7,14 @@ from typing import Any, final
 import torch
 from gpytorch import settings
 from gpytorch.models.exact_prediction_strategies import DefaultPredictionStrategy
-from linear_operator.operators import AddedDiagLinearOperator, LinearOperator
+from linear_operator.operators import AddedDiagLinearOperator, LinearOperator, RootLinearOperator
 from torch import Tensor
 from typing_extensions import override
 
 from ntk_lazy.errors import ShapeError
 from ntk_lazy.operator import NTKLinearOperator
+from ntk_lazy.operator.added_diagonal import AddedDiagonal
+from ntk_lazy.operator.weight_space import WeightSpace
 
 
 @final
@@ -22,6 +24,9 @@ class NTKPredictionStrategy(DefaultPredictionStrategy):  # type: ignore[misc]  #
     A mean is ``K(test, train) α``, and ``K(test, train) = J* Jᵀ``: ``w = Jᵀ α`` is one vector of parameters, made once,
     and each mean is a product of J* with it, which goes through no training point. The same for the root that
     ``fast_pred_var`` multiplies with, if the parameter vectors of its columns fit the memory budget of the kernel.
+
+    Where the training points are solved with in the space of weights, covariances are made there too, exactly and
+    with or without ``fast_pred_var``, from a root of as many columns as J has.
 
     Means and variances through which a gradient is wanted are GPyTorch's own.
     """
@@ -55,6 +60,26 @@ class NTKPredictionStrategy(DefaultPredictionStrategy):  # type: ignore[misc]  #
         if self._weights is None or self._weights[0] is not alpha:
             self._weights = alpha, train.jacobian_rmatmul(alpha.detach().unsqueeze(-1))
         return test_mean + tests.jacobian_matmul(self._weights[1]).squeeze(-1)
+
+    @override
+    def exact_predictive_covar(self, test_test_covar: Any, test_train_covar: Any) -> Any:
+        tests, weights = _evaluated(test_train_covar), None
+        if tests is not None and not settings.skip_posterior_variances.on():
+            weights = self._weight_space(tests)
+        if tests is None or weights is None:
+            return super().exact_predictive_covar(test_test_covar, test_train_covar)
+        return RootLinearOperator(weights.posterior_root(tests.gramian))
+
+    def _weight_space(self, tests: NTKLinearOperator) -> WeightSpace | None:
+        """The training points in the space of weights, if solves go by that and the root of the tests fits."""
+        covariance, train = self.lik_train_train_covar, self._train_kernel()
+        is_plain = settings.observation_nan_policy.value() == "ignore"
+        if train is None or not isinstance(covariance, AddedDiagonal) or not is_plain or _wants_gradient(tests, train):
+            return None
+        by_cholesky = settings.fast_computations.solves.off() or train.shape[-1] <= settings.max_cholesky_size.value()
+        if by_cholesky or tests.shape[-2] * train.num_features * train.dtype.itemsize > train.gramian.engine.budget:
+            return None
+        return covariance.weights(1 if settings.fast_pred_var.on() else tests.shape[-2])
 
     @override
     def _exact_predictive_covar_inv_quad_form_root(self, precomputed_cache: Tensor, test_train_covar: Any) -> Any:

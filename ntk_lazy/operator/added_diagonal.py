@@ -22,9 +22,13 @@ from typing_extensions import override
 
 from ntk_lazy.errors import ArgumentError
 from ntk_lazy.linalg.conjugate_gradients import conjugate_gradients
+from ntk_lazy.operator.log_likelihood import log_likelihood_terms
+from ntk_lazy.operator.weight_space import WeightSolution, WeightSpace
 
 _LEAST_STEPS = 10  # as linear_operator takes, whose default tolerance of 1 asks for none
 _TYPICAL_STEPS = 50
+_MOST_RTOL = 0.5  # that a plan is made for
+_TYPICAL_SOLVES = 10  # of a training: what is made of K alone pays for all of them
 
 
 @final
@@ -37,8 +41,11 @@ class AddedDiagonal(AddedDiagLinearOperator):  # type: ignore[misc]  # linear_op
       ``cg_tolerance``; linear_operator's stop at steps whose curvature is below 1e-10 in absolute terms.
     - The preconditioner is a randomised Nyström approximation of rank ``max_preconditioner_size``, from one product,
       in place of a pivoted Cholesky factor; it is kept while parameters and inputs stay the same, whatever becomes of
-      scale and diagonal. Gradients of log determinants do not go through it, and stay unbiased.
+      scale and diagonal. Gradients of log determinants do not go through it, and stay unbiased. Eigenpairs of K that
+      were given (``precondition_with``) take its place.
     - A diagonal of equal numbers that is not one number keeps the gradient of each.
+    - Where J has fewer columns than rows, and the plan finds it cheaper, solves go by a Gram matrix of the columns,
+      and log determinants with their gradients in scale and diagonal are exact. See ``WeightSpace``.
     """
 
     @property
@@ -60,6 +67,13 @@ class AddedDiagonal(AddedDiagLinearOperator):  # type: ignore[misc]  # linear_op
         max_steps = int(settings.max_cg_iterations.value())
         steps = int(settings.max_lanczos_quadrature_iterations.value())
         columns = rhs if rhs.ndim > 1 else rhs.unsqueeze(-1)
+        by_weights = None if num_tridiag or preconditioner is not None else self._solve_by_weights(columns.detach(), 1)
+        if by_weights is not None:
+            X = by_weights[1].X
+            return X if rhs.ndim > 1 else X.squeeze(-1)
+        if preconditioner is None and not num_tridiag:
+            with torch.no_grad():
+                preconditioner = self.detach()._preconditioner()[0]
         batch = torch.broadcast_shapes(columns.shape[:-2], self.batch_shape)
         columns = columns.expand(*batch, *columns.shape[-2:])
         with self._series(columns.shape[-1] * _TYPICAL_STEPS):
@@ -73,33 +87,107 @@ class AddedDiagonal(AddedDiagLinearOperator):  # type: ignore[misc]  # linear_op
                 num_tridiagonal=num_tridiag or 0,
                 tridiagonal_steps=steps,
             )
-        worst = float(solution.residuals.max()) if solution.residuals.numel() else 0.0
-        if not worst <= tolerance:
-            warnings.warn(
-                f"conjugate gradients ended with a relative residual of {worst:.1e}, where {tolerance:.1e} was asked "
-                f"for, after at most {max_steps} steps. Raise max_cg_iterations or max_preconditioner_size, use a "
-                "float64 model, or ask for less (cg_tolerance, eval_cg_tolerance).",
-                NumericalWarning,
-                stacklevel=2,
-            )
+        _warn(float(solution.residuals.max()) if solution.residuals.numel() else 0.0, tolerance, max_steps)
         X = solution.X if rhs.ndim > 1 else solution.X.squeeze(-1)
         return (X, solution.tridiagonal) if num_tridiag else X
+
+    @override
+    def _solve_preconditioner(self) -> None:
+        # Made by ``_solve``, which knows the right-hand sides, and may do without.
+        return None
+
+    @override
+    def inv_quad_logdet(
+        self, inv_quad_rhs: Tensor | None = None, logdet: bool | None = False, reduce_inv_quad: bool | None = True
+    ) -> tuple[Tensor | None, Tensor | None]:
+        by_cholesky = settings.fast_computations.log_prob.off() or self.size(-1) <= settings.max_cholesky_size.value()
+        found = None
+        if logdet and not by_cholesky and not self._trains_network():
+            self._check_diagonal()
+            rhs = inv_quad_rhs
+            if rhs is None:
+                # Any right-hand side shows whether the Gram matrix is that of this kernel.
+                rhs = torch.randn(self.size(-1), 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+                rhs = rhs.to(self.device, self.dtype)
+            columns = rhs if rhs.ndim > 1 else rhs.unsqueeze(-1)
+            found = self._solve_by_weights(columns.detach(), _TYPICAL_SOLVES)
+        if found is None:
+            terms: tuple[Tensor | None, Tensor | None] = super().inv_quad_logdet(inv_quad_rhs, logdet, reduce_inv_quad)
+            return terms
+        weights, solution = found
+        is_one = isinstance(self._diag_tensor, ConstantDiagLinearOperator)
+        diagonal = self._diag_tensor.diag_values if is_one else self._diag_tensor._diagonal()
+        quadratic, log_determinant = log_likelihood_terms(
+            weights, solution.X, columns, self.kernel.gramian.scale, diagonal
+        )
+        if inv_quad_rhs is None:
+            return torch.zeros_like(log_determinant), log_determinant
+        return quadratic.sum(-1) if reduce_inv_quad else quadratic, log_determinant
+
+    def weights(self, right_hand_sides: int = 1, num_solves: int = 1) -> WeightSpace | None:
+        """Return the sum with its factor in the space of weights, if solves go by that; None if they do not.
+
+        Args:
+            right_hand_sides: What is planned for.
+            num_solves: With other noise and scale.
+        """
+        if self.batch_shape:
+            return None
+        rtol, rank = float(settings.cg_tolerance.value()), int(settings.max_preconditioner_size.value())
+        is_small = self.size(-1) < settings.min_preconditioning_size.value()
+        known = self.kernel.deflation_root()
+        with torch.no_grad():
+            return WeightSpace.of(
+                self.kernel,
+                self._diag_tensor._diagonal().detach(),
+                right_hand_sides=right_hand_sides,
+                rtol=min(max(rtol, torch.finfo(self.dtype).eps), _MOST_RTOL),
+                # Pairs that are given cost no product; the plan takes them for a Nyström approximation of their rank.
+                rank=known.shape[1] if known is not None else 0 if is_small else min(rank, self.size(-1)),
+                num_solves=num_solves,
+            )
+
+    def _solve_by_weights(self, B: Tensor, num_solves: int) -> tuple[WeightSpace, WeightSolution] | None:
+        if B.ndim != 2:
+            return None
+        tolerance, max_steps = float(settings.cg_tolerance.value()), int(settings.max_cg_iterations.value())
+        while True:
+            weights = self.weights(max(B.shape[1], 1), num_solves)
+            if weights is None:
+                return None
+            with torch.no_grad(), self._series(3 * B.shape[1]):
+                solution = weights.solve(self._matmul, B, rtol=tolerance, max_steps=max_steps)
+            if not (weights.was_kept and weights.is_doubtful(solution)):
+                _warn(solution.worst, tolerance, max_steps)
+                return weights, solution
+            # Somebody wrote to the parameters where their versions do not show it.
+            self.kernel.settings.gram.forget()
+
+    def _trains_network(self) -> bool:
+        """Whether gradients are wanted in anything of K but its scale."""
+        scale = self.kernel.gramian.scale
+        tensors = (t for t in self.kernel.representation() if t is not scale)
+        return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
     @override
     def _preconditioner(self) -> tuple[Callable[[Tensor], Tensor] | None, LinearOperator | None, Tensor | None]:
         rank = int(settings.max_preconditioner_size.value())
         is_small = self.size(-1) < settings.min_preconditioning_size.value()
-        if self.preconditioner_override is not None or rank == 0 or is_small:
+        known = self.kernel.deflation_root()
+        if self.preconditioner_override is not None or (known is None and (rank == 0 or is_small)):
             found: tuple[Any, Any, Any] = super()._preconditioner()
             return found
         self._check_diagonal()
         if self._q_cache is None:
-            root = self.kernel.nystrom_root(min(rank, self.size(-1)))
+            root = self.kernel.nystrom_root(min(rank, self.size(-1))) if known is None else known
             if root is None:
                 return None, None, None
             self._piv_chol_self = root
             self._init_cache()
-        return super()._preconditioner()
+        # There is one now: the settings have been asked.
+        with settings.max_preconditioner_size(max(rank, 1)), settings.min_preconditioning_size(0):
+            made: tuple[Any, Any, Any] = super()._preconditioner()
+        return made
 
     @override
     def _init_cache(self) -> None:
@@ -137,3 +225,14 @@ class AddedDiagonal(AddedDiagLinearOperator):  # type: ignore[misc]  # linear_op
     def _series(self, num_columns: int) -> AbstractContextManager[None]:
         """Keep what products have in common, while nothing changes."""
         return nullcontext() if self.kernel.batch_shape else self.kernel.linearised(num_columns)
+
+
+def _warn(worst: float, tolerance: float, max_steps: int) -> None:
+    if not worst <= tolerance:
+        warnings.warn(
+            f"conjugate gradients ended with a relative residual of {worst:.1e}, where {tolerance:.1e} was asked "
+            f"for, after at most {max_steps} steps. Raise max_cg_iterations or max_preconditioner_size, use a "
+            "float64 model, or ask for less (cg_tolerance, eval_cg_tolerance).",
+            NumericalWarning,
+            stacklevel=3,
+        )

@@ -42,8 +42,19 @@ def job_of(kernel: Any, num_columns: int, num_products: int, eigenpairs: int | N
         raise ArgumentError(f"solve must be a Solve, such as Solve(noise=0.1), not {solve!r}.")
     if solve.rank > n:
         raise ArgumentError(f"rank is {solve.rank}, but the kernel has {n} rows.")
-    predicted = PredictedSolve.of(solve, sampled_spectrum(kernel), kernel.dtype)
+    predicted = PredictedSolve.of(solve, kept_spectrum(kernel), kernel.dtype)
     return Job(solve.right_hand_sides, predicted.num_products, solve=predicted)
+
+
+def kept_spectrum(kernel: Any) -> Spectrum:
+    """Return ``sampled_spectrum``, made once while parameters and inputs stay the same, whatever the scale."""
+    gramian = kernel.gramian
+    scale, rows = gramian.scale, gramian.side1
+    unscaled = kernel.unscaled()
+    found = kernel.settings.spectrum.get(
+        gramian.engine.model, rows.x, rows.selected, None, lambda: sampled_spectrum(unscaled)
+    )
+    return found if scale is None else Spectrum(found.values * float(scale.detach()), found.counts)
 
 
 def sampled_spectrum(kernel: Any) -> Spectrum:

@@ -15,11 +15,12 @@ from torch import Tensor
 from typing_extensions import override
 
 from ntk_lazy.engines.contract import X1, X2, Preflight
-from ntk_lazy.errors import BudgetError, ShapeError
+from ntk_lazy.errors import ArgumentError, BudgetError, ShapeError
 from ntk_lazy.linalg.nystrom import nystrom_root
 from ntk_lazy.model import FunctionalModel, ModelCall, as_ieee
 from ntk_lazy.operator.added_diagonal import AddedDiagonal
 from ntk_lazy.operator.bilinear import BilinearGradient
+from ntk_lazy.operator.deflation import deflation_root
 from ntk_lazy.operator.gramian import Gramian
 from ntk_lazy.operator.indices import backward_slices, is_everything, is_same_index, plain_indices
 from ntk_lazy.operator.job import job_of
@@ -170,13 +171,14 @@ class NTKLinearOperator(LinearOperator):  # type: ignore[misc]  # linear_operato
             num_columns: Columns of one product.
             num_products: Products in a row, within ``linearised``, during which parameters stay as they are.
             eigenpairs: Plan for ``eigsh(K, eigenpairs)`` instead: about ``1.75 k / b + 5`` products of b columns.
-            solve: Plan for a solve by conjugate gradients instead, such as ``Solve(noise=0.1)``.
+            solve: Plan for a solve instead, such as ``Solve(noise=0.1)``: by conjugate gradients, or, where J has fewer
+                columns than rows, by a Gram matrix of the columns.
 
         Returns:
             The plan: engine, chunks, predicted bytes, flops and seconds; ``print`` it.
 
         Cost: two rates of the machine are measured, once. Nothing is multiplied, except that for ``solve`` the kernel
-            between 512 of the rows is written down.
+            between 512 of the rows is written down, once while parameters and inputs stay the same.
 
         Raises:
             BudgetError: Not even one example and one column fit the memory budget.
@@ -426,7 +428,7 @@ class NTKLinearOperator(LinearOperator):  # type: ignore[misc]  # linear_operato
         scale = self._gramian.scale
         if scale is not None and scale.requires_grad:
             # Its gradient comes from the entries, where a backward pass through K takes products with n columns.
-            unscaled = self.__class__(*self._args, **(self._kwargs | {"scale": None}))
+            unscaled = self.unscaled()
             return write_down(unscaled.representation_tree(), unscaled.representation()) * scale
         return write_down(self.representation_tree(), self.representation())
 
@@ -468,7 +470,7 @@ class NTKLinearOperator(LinearOperator):  # type: ignore[misc]  # linear_operato
         scale, rows = self._gramian.scale, self._gramian.side1
         if scale is not None and not float(scale.detach()) > 0:
             return None
-        unscaled = self if scale is None else self.__class__(*self._args, **(self._kwargs | {"scale": None}))
+        unscaled = self.unscaled()
 
         def make() -> Tensor:
             with torch.no_grad():
@@ -476,6 +478,56 @@ class NTKLinearOperator(LinearOperator):  # type: ignore[misc]  # linear_operato
 
         root = make() if self.batch_shape else self._settings.root.get(self._model, rows.x, rows.selected, rank, make)
         return root if scale is None else root * scale.detach().sqrt()
+
+    def precondition_with(self, values: Tensor, vectors: Tensor) -> None:
+        """Precondition later solves with ``K + D`` by eigenpairs of K, in the place of a randomised approximation.
+
+        With the k largest ones the condition number becomes ``(λ_{k+1} + σ²) / σ²``, and no product is spent on a
+        preconditioner. They serve all operators of these points and parameters, whatever becomes of scale and
+        diagonal, until points or parameters change or other pairs are given; also those that a Gaussian process
+        makes of its kernel, and whatever rank and least size GPyTorch's settings ask for.
+
+        Args:
+            values: Shape ``(k,)``, as in ``EigenResult.values``.
+            vectors: Shape ``(n, k)``, orthonormal, as in ``EigenResult.vectors``.
+
+        Cost: a product with one column, by which the pairs are checked, and ``n k²`` operations; ``n k`` numbers are
+            kept.
+
+        Raises:
+            ShapeError: Sizes, dtype or device that are not those of K; a kernel that is batched.
+            ArgumentError: Values that are not positive, vectors that are not orthonormal, pairs that are not those of
+                K; a kernel that is not square or has no positive scale.
+        """
+        scale, rows = self._gramian.scale, self._gramian.side1
+        if self.batch_shape:
+            raise ShapeError(
+                f"pairs belong to one kernel; this is a batch of shape {tuple(self.batch_shape)}: index it."
+            )
+        if not self.is_symmetric or (scale is not None and not float(scale.detach()) > 0):
+            raise ArgumentError("only a square kernel of one set of rows with a positive scale is solved with.")
+        with torch.no_grad():
+            root = deflation_root(self.detach()._matmul, self, values, vectors)
+        if scale is not None:
+            root = root / scale.detach().sqrt()
+        self._settings.pairs.keep(self._model, rows.x, rows.selected, root)
+
+    def deflation_root(self) -> Tensor | None:
+        """The root of K that eigenpairs gave, shape ``(n, k)``; None if none were given."""
+        scale, rows = self._gramian.scale, self._gramian.side1
+        if not self.is_gram_matrix:
+            return None
+        root: Tensor | None = self._settings.pairs.find(self._model, rows.x, rows.selected)
+        return root if root is None or scale is None else root * scale.detach().sqrt()
+
+    def unscaled(self) -> NTKLinearOperator:
+        """The same kernel without its scale: ``J1 J2ᵀ``."""
+        return self if self._gramian.scale is None else self.__class__(*self._args, **(self._kwargs | {"scale": None}))
+
+    @property
+    def settings(self) -> EngineSettings:
+        """What was asked of the engine, and what is kept from one operator to the next."""
+        return self._settings
 
     @property
     def gramian(self) -> Gramian:
