@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gpytorch
+import linear_operator
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -22,6 +24,26 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("repeatable")
+
+# What ``import botorch`` changes for the whole process, as it was before.
+_USUAL = [
+    (setting, name, getattr(setting, name))
+    for setting, name in (
+        (linear_operator.settings._fast_covar_root_decomposition, "_default"),
+        (linear_operator.settings._fast_log_prob, "_default"),
+        (linear_operator.settings._fast_solves, "_default"),
+        (linear_operator.settings.cholesky_max_tries, "_global_value"),
+        (linear_operator.settings.max_cholesky_size, "_global_value"),
+        (gpytorch.settings.max_eager_kernel_size, "_global_value"),
+    )
+]
+
+
+@pytest.fixture(autouse=True)
+def usual_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give each test the settings of GPyTorch, whoever has imported BoTorch."""
+    for setting, name, value in _USUAL:
+        monkeypatch.setattr(setting, name, value)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ntk_lazy.engines.graph import Edge, Placement, edges, output_gradients
+from ntk_lazy.engines.graph import Edge, Placement, edges, largest, output_gradients
 from ntk_lazy.engines.linearisation import example_gradients
 from ntk_lazy.engines.rounding import noise
 from ntk_lazy.engines.rules import use_of
@@ -160,13 +160,18 @@ def _uses(
     plain = _gradients(output, asked, cotangents)
     weighted = _gradients(output, asked, (together * weights[:, None])[None])
     gradients = dict(zip(asked, zip(plain, weighted, strict=True), strict=True))
+    # A weight and its bias are operands of one operation.
+    placed: dict[int, Placement | None] = {}
     pending = used[::-1]
     while pending:
         edge = pending.pop()
         G, H = gradients[edge]
-        if not bool(G.any()):
+        if not G.numel() or bool(largest(G) == 0):
             continue
-        placement = Placement.detect(G.sum(0), H[0], weights, tolerance=_SAME)
+        if id(edge.node) not in placed:
+            whole = G[0] if G.shape[0] == 1 else G.sum(0)
+            placed[id(edge.node)] = Placement.detect(whole, H[0], weights, tolerance=_SAME)
+        placement = placed[id(edge.node)]
         if placement is None and edge.onward:
             pending.extend(edge.onward[::-1])  # no example in it: so far it is a function of parameters alone
         else:

@@ -136,8 +136,13 @@ class Placement:
         if self.dim >= G.ndim or G.shape[self.dim] % b:
             return False
         before, after = self.split(G, b), self.split(weighted, b)
-        scaled = before * weights.to(G.dtype).reshape(b, *[1] * (before.ndim - 1))
-        return bool((scaled - after).abs().max() <= tolerance * after.abs().max())
+        w = weights.to(G.dtype).reshape(b, *[1] * (before.ndim - 1))
+        return bool(largest(torch.addcmul(after, before, w, value=-1)) <= tolerance * largest(after))
+
+
+def largest(t: Tensor) -> Tensor:
+    """The largest entry in size of a tensor that is not empty, without a copy of them all."""
+    return torch.linalg.vector_norm(t, torch.inf)
 
 
 def output_gradients(output: Tensor, nodes: list[Node], cotangents: Tensor) -> list[Tensor]:

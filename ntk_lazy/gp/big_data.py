@@ -47,6 +47,8 @@ def big_data(
             check_count(count, name)
     with ExitStack() as stack:
         for setting in (
+            # BoTorch turns these off for the whole process.
+            settings.fast_computations(covar_root_decomposition=True, log_prob=True, solves=True),
             settings.max_cholesky_size(0),
             settings.max_eager_kernel_size(0),
             settings.cg_tolerance(rtol),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+
+import botorch
 import pytest
 import torch
 from botorch.acquisition import LogExpectedImprovement, qLogExpectedImprovement
@@ -15,9 +18,15 @@ from gpytorch.mlls import ExactMarginalLogLikelihood
 from oracle import defect, dense_jacobian
 from torch import Generator, Tensor, nn
 
-from ntk_lazy.gp import NTKKernel
+from ntk_lazy.gp import NTKKernel, big_data
 
 BOUNDS = torch.tensor([[0.0, 0.0], [1.0, 1.0]], dtype=torch.float64)
+
+
+@pytest.fixture(autouse=True)
+def settings_of_botorch(usual_settings: None) -> None:
+    """Those that it sets when it is imported."""
+    importlib.reload(botorch)
 
 
 def _network() -> nn.Module:
@@ -134,3 +143,15 @@ def test_conditioning_on_an_observation_is_a_refit_with_it():
     expected = again.eval().posterior(z)
     assert defect(conditioned.mean.detach().squeeze(), expected.mean.detach().squeeze()) < 1e-6
     assert defect(conditioned.variance.detach().squeeze(), expected.variance.detach().squeeze()) < 1e-6
+
+
+def test_big_data_goes_by_products_although_botorch_turned_them_off():
+    network = _network()
+    x = _inputs(60, 2, seed=4)
+    K = ScaleKernel(NTKKernel(network, max_dense_bytes=8 * 59**2))(x).evaluate_kernel()
+    with big_data():
+        total = K.add_diagonal(torch.tensor(0.1, dtype=torch.float64))
+        # To write K down would be an error.
+        total.solve(x)
+        total.inv_quad_logdet(x, logdet=True)
+        total.root_decomposition()
