@@ -94,7 +94,7 @@ def main() -> None:
     generator = torch.Generator().manual_seed(1)
     x, z = (torch.randn(n, FEATURES, generator=generator) for n in (options.points, options.tests))
     y = target(x) + NOISE * torch.randn(options.points, generator=generator)
-    kernel = NTKKernel(network(), memory_budget="2GB", max_dense_bytes=options.points**2)
+    kernel = NTKKernel(network(), memory_budget="3GB", max_dense_bytes=options.points**2)
     gp = Regression(x, y, kernel)
     # In the units of the targets: K of a network has entries of the size of its width.
     with torch.no_grad():

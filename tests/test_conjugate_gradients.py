@@ -136,6 +136,33 @@ def test_a_nystrom_root_leaves_what_its_spectrum_says(dtype: torch.dtype):
     assert torch.equal(L, nystrom_root(lambda V: K @ V, K.shape, 20, dtype=dtype, device=K.device))
 
 
+def test_a_nystrom_root_in_float32_knows_what_products_know():
+    n, values = 1000, torch.logspace(0, -6, 30, dtype=torch.float64)
+    U = torch.linalg.qr(torch.randn(n, 30, generator=Generator().manual_seed(3), dtype=torch.float64))[0]
+    K = (U * values) @ U.mT
+    single = K.float()
+    L = nystrom_root(lambda V: single @ V, K.shape, 60, dtype=torch.float32, device=K.device).double()
+    # Of 60 columns among 1,000 what products are off by counts 17 times. A shift by √n eps ‖Y‖ leaves 600 eps.
+    assert torch.linalg.matrix_norm(K - L @ L.mT, 2) < 40 * torch.finfo(torch.float32).eps
+
+
+def test_a_nystrom_root_has_orthogonal_columns_over_many_decades():
+    n, values = 300, torch.logspace(0, -10, 40, dtype=torch.float64)
+    U = torch.linalg.qr(torch.randn(n, 40, generator=Generator().manual_seed(3), dtype=torch.float64))[0]
+    K = (U * values) @ U.mT
+    L = nystrom_root(lambda V: K @ V, K.shape, 50, dtype=torch.float64, device=K.device)[:, :40]
+    Q = L / L.norm(dim=0)
+    assert (L.norm(dim=0).square() / values - 1).abs().max() < 1e-3
+    assert (Q.mT @ Q - torch.eye(40)).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("fill", [0.0, float("nan"), float("inf")])
+def test_a_nystrom_root_of_nothing_ends(fill: float):
+    K = torch.full((N, N), fill, dtype=torch.float64)
+    L = nystrom_root(lambda V: K @ V, K.shape, 10, dtype=K.dtype, device=K.device)
+    assert (L.abs() < 1e-60).all() if fill == 0 else not L.isfinite().any()
+
+
 def test_a_nystrom_root_of_a_small_rank_matrix_is_exact():
     U = block(5)
     K = U @ U.mT

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Generator, Tensor, nn
 from zoo import RIGHT
 
 import ntk_lazy as nl
-from ntk_lazy.solves import SAMPLED_ROWS, PredictedSolve, Solve, Spectrum
+from ntk_lazy.solves import SAMPLED_ROWS, PredictedSolve, Solve, Spectrum, cheapest_rank
 
 POINTS = {"tanh": 300, "conv1d": 600, "wide": 900, "wide, float32": 900}
 NOISES = (1.0, 1e-2, 1e-3)  # of the mean diagonal
@@ -208,3 +209,37 @@ def test_jobs_that_a_kernel_cannot_do_are_refused():
     with pytest.raises(nl.ArgumentError, match="negative scale"):
         (-1.0 * K).explain(solve=Solve(noise=1.0))
     assert (-1.0 * K).explain(eigenpairs=2).job.eigenpairs == 2
+
+
+@pytest.mark.parametrize("noise", [1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("num_solves", [1, 10])
+def test_the_cheapest_rank_is_that_with_the_fewest_columns_in_all(noise: float, num_solves: int):
+    values = 100 * torch.arange(1, 1001, dtype=torch.float64) ** -1.5
+    spectrum = Spectrum(values, torch.ones_like(values))
+    job = Solve(noise=noise, right_hand_sides=3, num_solves=num_solves)
+
+    def columns(rank: int, known: int = 0) -> int:
+        asked = replace(job, rank=rank)
+        iterations = PredictedSolve.of(asked, spectrum, torch.float64).iterations
+        return 3 * num_solves * iterations + (0 if rank == known else rank)
+
+    ranks = [0, 16, 32, 64, 128, 256]
+    best = cheapest_rank(job, spectrum, torch.float64, most=300)
+    assert best in ranks
+    assert columns(best) == min(map(columns, ranks))
+    assert cheapest_rank(job, spectrum, torch.float64, most=15) == 0
+    # One that is there goes on, unless another one pays.
+    known = cheapest_rank(job, spectrum, torch.float64, most=300, known=100)
+    assert columns(known, known=100) == min(columns(rank, known=100) for rank in [*ranks, 100])
+
+
+def test_many_solves_and_little_noise_pay_for_a_large_rank():
+    values = 100 * torch.arange(1, 1001, dtype=torch.float64) ** -1.5
+    spectrum = Spectrum(values, torch.ones_like(values))
+
+    def rank(noise: float, num_solves: int) -> int:
+        job = Solve(noise=noise, right_hand_sides=5, num_solves=num_solves)
+        return cheapest_rank(job, spectrum, torch.float64, most=1000)
+
+    assert rank(1e3, 1) == 0
+    assert 0 < rank(1e-2, 1) < rank(1e-2, 10) <= rank(1e-3, 10)

@@ -9,6 +9,9 @@ from gpytorch import settings
 
 from ntk_lazy.counts import check_count
 from ntk_lazy.errors import ArgumentError
+from ntk_lazy.operator.preconditioner_rank import chosen_rank
+
+_OTHERS_RANK = 100  # of kernels that do not choose
 
 
 @contextmanager
@@ -16,7 +19,7 @@ def big_data(
     *,
     rtol: float = 1e-2,
     prediction_rtol: float = 1e-4,
-    rank: int = 100,
+    rank: int | None = None,
     variance_rank: int = 100,
     probes: int = 10,
     max_steps: int = 1000,
@@ -29,7 +32,9 @@ def big_data(
     Args:
         rtol: Of the solves in training, relative residual of each right-hand side.
         prediction_rtol: Of the solves that predictions use.
-        rank: Of the preconditioner; 0 for none.
+        rank: Of the preconditioner; 0 for none. None chooses, for tangent kernels: as many columns as pay in ten solves
+            while training, or in one, and fit half of the kernel's memory budget. Other kernels then
+            take 100.
         variance_rank: Of the root that predictive variances are made from (``fast_pred_var``); 0 to solve for each.
         probes: Random vectors that the log determinant is estimated with.
         max_steps: Of conjugate gradients, most.
@@ -42,7 +47,8 @@ def big_data(
             raise ArgumentError(f"{name} must be between 0 and 1, not {value!r}.")
     for name, count in (("probes", probes), ("max_steps", max_steps)):
         check_count(count, name)
-    for name, count in (("rank", rank), ("variance_rank", variance_rank)):
+    fixed_rank = _OTHERS_RANK if rank is None else rank
+    for name, count in (("rank", fixed_rank), ("variance_rank", variance_rank)):
         if count != 0:
             check_count(count, name)
     with ExitStack() as stack:
@@ -54,7 +60,8 @@ def big_data(
             settings.cg_tolerance(rtol),
             settings.eval_cg_tolerance(prediction_rtol),
             settings.max_cg_iterations(max_steps),
-            settings.max_preconditioner_size(rank),
+            chosen_rank(rank is None),
+            settings.max_preconditioner_size(fixed_rank),
             settings.min_preconditioning_size(1),
             settings.num_trace_samples(probes),
             settings.max_root_decomposition_size(max(variance_rank, 1)),

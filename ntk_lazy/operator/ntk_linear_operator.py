@@ -470,14 +470,23 @@ class NTKLinearOperator(LinearOperator):  # type: ignore[misc]  # linear_operato
         scale, rows = self._gramian.scale, self._gramian.side1
         if scale is not None and not float(scale.detach()) > 0:
             return None
-        unscaled = self.unscaled()
-
-        def make() -> Tensor:
+        root = self.kept_nystrom_root()
+        if root is None or root.shape[-1] != rank:
+            self._settings.root.forget()  # before its successor is made
             with torch.no_grad():
-                return nystrom_root(unscaled._matmul, self.shape, rank, dtype=self.dtype, device=self.device)
-
-        root = make() if self.batch_shape else self._settings.root.get(self._model, rows.x, rows.selected, rank, make)
+                matmul = self.unscaled()._matmul
+                root = nystrom_root(matmul, self.shape, rank, dtype=self.dtype, device=self.device)
+            if not self.batch_shape:
+                self._settings.root.keep(self._model, rows.x, rows.selected, root)
         return root if scale is None else root * scale.detach().sqrt()
+
+    def kept_nystrom_root(self) -> Tensor | None:
+        """The last root, of whichever rank, of the kernel without its scale; None if there is none."""
+        rows = self._gramian.side1
+        found: Tensor | None = None
+        if not self.batch_shape:
+            found = self._settings.root.find(self._model, rows.x, rows.selected)
+        return found
 
     def precondition_with(self, values: Tensor, vectors: Tensor) -> None:
         """Precondition later solves with ``K + D`` by eigenpairs of K, in the place of a randomised approximation.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from math import log
 from typing import Any, final
@@ -74,7 +74,7 @@ class WeightSpace:
         *,
         right_hand_sides: int,
         rtol: float,
-        rank: int,
+        rank: Callable[[], int],
         num_solves: int,
     ) -> WeightSpace | None:
         """Factorise ``K + D``, if the plan says so; None if it prefers conjugate gradients.
@@ -87,7 +87,7 @@ class WeightSpace:
             diagonal: That of D, positive.
             right_hand_sides: Of a solve, for the plan.
             rtol: Asked of conjugate gradients, for the plan.
-            rank: Of their preconditioner, for the plan.
+            rank: Says that of their preconditioner, for the plan.
             num_solves: With other noise and scale, for the plan.
 
         Cost: that of ``WeightGram.of``, unless the last one was for the same J and U; and of its factor.
@@ -107,7 +107,7 @@ class WeightSpace:
                 noise=float(diagonal.mean()),
                 right_hand_sides=right_hand_sides,
                 rtol=rtol,
-                rank=rank,
+                rank=rank(),
                 num_solves=num_solves,
             )
             if kernel.explain(solve=asked).engine != WEIGHTS:

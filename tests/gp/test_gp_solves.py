@@ -17,6 +17,7 @@ from ntk_lazy.engines.factor_store import FactorStore
 from ntk_lazy.gp import NTKKernel, big_data
 from ntk_lazy.operator.added_diagonal import AddedDiagonal
 from ntk_lazy.operator.ntk_linear_operator import NTKLinearOperator
+from ntk_lazy.operator.preconditioner_rank import preconditioner_rank
 
 N = 150
 
@@ -115,6 +116,70 @@ def test_a_parameter_that_was_changed_in_place_has_a_preconditioner_of_its_own()
     with torch.no_grad():
         expected = nl.ntk(model, x).nystrom_root(10)
     assert defect(second @ second.mT, expected @ expected.mT) < 1e-10
+
+
+@pytest.mark.parametrize("noise", [1e-4, 1e-3, 1.0])
+def test_a_rank_that_is_chosen_takes_hardly_more_products_than_the_best_one(noise: float, products: list[int]):
+    B = inputs(400, seed=5)
+    counts = {}
+    for rank in (None, 0, 16, 32, 64, 128):
+        # By products, as a model with more parameters would.
+        K = nl.ntk(network(), inputs(400), engine="factors").detach()
+        products.clear()
+        with big_data(prediction_rtol=1e-6, rank=rank, max_steps=4000), settings.cg_tolerance(1e-6), torch.no_grad():
+            K.add_diagonal(noise * K.diagonal().mean()).solve(B)
+        counts[rank] = sum(products)
+    chosen = counts.pop(None)
+    # The counts that the choice is made by are right to a factor of 1.5.
+    assert chosen <= 1.5 * min(counts.values())
+    assert max(counts.values()) > 2 * min(counts.values())
+
+
+def test_a_rank_that_was_chosen_stays_until_another_one_pays(products: list[int]):
+    K, B = nl.ntk(network(), inputs(400), engine="factors").detach(), inputs(400, seed=5)
+
+    def solve(noise: float) -> list[int]:
+        products.clear()
+        with big_data(), settings.cg_tolerance(1e-4), torch.no_grad():
+            K.add_diagonal(noise * K.diagonal().mean()).solve(B)
+        return [columns for columns in products if columns > B.shape[1]]
+
+    (first,) = solve(1e-4)
+    root = K.kept_nystrom_root()
+    assert root.shape == (400, first)
+    assert solve(0.8e-4) == []
+    assert solve(1e-1) == []  # one that is there costs nothing
+    assert K.kept_nystrom_root() is root
+
+
+def test_a_rank_that_is_chosen_fits_half_of_the_budget():
+    ranks = []
+    for budget in (8_000_000, 2_000_000_000):
+        K = nl.ntk(network(), inputs(2000), memory_budget=budget, engine="factors").detach()
+        with big_data(), torch.no_grad():
+            noise = 1e-4 * K.diagonal().mean().expand(2000)
+            ranks.append(preconditioner_rank(K, noise, right_hand_sides=5, num_solves=10))
+    assert 0 < ranks[0] * 2000 * 8 <= 4_000_000
+    assert ranks[1] > ranks[0]
+
+
+@pytest.mark.parametrize("noise", [1e-2, 1e-18])
+def test_a_preconditioner_of_orthogonal_columns_is_what_it_says(noise: float):
+    K = nl.ntk(network(), inputs()).detach() * torch.tensor(0.5, dtype=torch.float64)
+    noise = torch.tensor(noise, dtype=torch.float64, requires_grad=True)
+    with settings.max_preconditioner_size(20), settings.min_preconditioning_size(1):
+        inverse, operator, logdet = K.add_diagonal(noise)._preconditioner()
+    dense = operator.to_dense()
+    # Of the smaller noise the largest eigenvalues are cut down, so that the inverse stays positive.
+    values = torch.linalg.eigvalsh(dense.detach())
+    assert values[-1] / noise.detach() < 1 / torch.finfo(torch.float64).eps
+    assert torch.linalg.eigvalsh(inverse(torch.eye(N).double())).min() > 0
+    if noise.item() == 1e-2:
+        assert defect(inverse(dense.detach()), torch.eye(N).double()) < 1e-9
+        assert abs(logdet - dense.logdet()) < 1e-9 * N
+        (expected,) = torch.autograd.grad(dense.logdet(), noise, retain_graph=True)
+        (found,) = torch.autograd.grad(logdet, noise)
+        assert abs(found - expected) < 1e-9 * expected
 
 
 def test_factors_are_captured_once_for_a_solve(captured: list[int]):

@@ -331,8 +331,10 @@ def test_a_factor_that_rounding_spoils_is_not_used(grams: list[int]):
     model, x = network(), random(N, 3)
     tiny = torch.full((N,), 1e-16, dtype=torch.float64)
     K = nl.ntk(model, x).detach()
-    assert WeightSpace.of(K, tiny, right_hand_sides=1, rtol=1e-2, rank=0, num_solves=1) is None
-    assert WeightSpace.of(K, 1e13 * tiny, right_hand_sides=1, rtol=1e-2, rank=0, num_solves=1) is not None
+    assert WeightSpace.of(K, tiny, right_hand_sides=1, rtol=1e-2, rank=lambda: 0, num_solves=1) is None
+    assert WeightSpace.of(K, 1e13 * tiny, right_hand_sides=1, rtol=1e-2, rank=lambda: 0, num_solves=1) is not None
     single = nl.ntk(network(dtype=torch.float32), x.float()).detach()
-    assert WeightSpace.of(single, 1e11 * tiny.float(), right_hand_sides=1, rtol=1e-2, rank=0, num_solves=1) is None
+    assert (
+        WeightSpace.of(single, 1e11 * tiny.float(), right_hand_sides=1, rtol=1e-2, rank=lambda: 0, num_solves=1) is None
+    )
     assert grams == [N, N]
