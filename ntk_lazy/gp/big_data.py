@@ -33,8 +33,8 @@ def big_data(
         rtol: Of the solves in training, relative residual of each right-hand side.
         prediction_rtol: Of the solves that predictions use.
         rank: Of the preconditioner; 0 for none. None chooses, for tangent kernels: as many columns as pay in ten solves
-            while training, or in one, and fit half of the kernel's memory budget. Other kernels then
-            take 100.
+            while training, or in one, and fit half of the kernel's memory budget. Other kernels
+            then take 100.
         variance_rank: Of the root that predictive variances are made from (``fast_pred_var``); 0 to solve for each.
         probes: Random vectors that the log determinant is estimated with.
         max_steps: Of conjugate gradients, most.

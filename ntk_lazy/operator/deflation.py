@@ -12,6 +12,7 @@ from ntk_lazy.errors import ArgumentError, ShapeError
 from ntk_lazy.linalg.conjugate_gradients import Map
 
 _MOST_DEFECT = 1e-2  # relative residual of a pair
+_MOST_OVERLAP = 100.0  # in eps; the preconditioner takes vectors for orthonormal
 
 
 def deflation_root(matmul: Map, kernel: Any, values: Tensor, vectors: Tensor) -> Float[Tensor, "n k"]:
@@ -44,7 +45,7 @@ def deflation_root(matmul: Map, kernel: Any, values: Tensor, vectors: Tensor) ->
     vectors = vectors.detach()
     if not bool((values > 0).all() & values.isfinite().all()):
         raise ArgumentError("an eigenvalue is not positive and finite: pass those pairs alone that are above rounding.")
-    slack = torch.finfo(kernel.dtype).eps ** 0.5
+    slack = _MOST_OVERLAP * torch.finfo(kernel.dtype).eps
     overlap = vectors.mT @ vectors - torch.eye(len(values), dtype=vectors.dtype, device=vectors.device)
     if not float(overlap.abs().max()) <= slack:
         raise ArgumentError(f"VᵀV differs from the unit matrix by {float(overlap.abs().max()):.1e}: orthonormalise V.")

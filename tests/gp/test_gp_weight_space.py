@@ -267,7 +267,7 @@ def test_float32_gets_there_too(noise: float, grams: list[int]):
 def test_a_factor_that_is_off_is_refined_or_becomes_a_preconditioner(wrong: float):
     model, x, B, noise = network(), random(N, 3), random(N, 2, seed=5), 1e-2
     K, J = nl.ntk(model, x).detach(), dense_jacobian(model, x)
-    options = {"right_hand_sides": 1, "rtol": 1e-2, "rank": 0, "num_solves": 1}
+    options = {"right_hand_sides": 1, "rtol": 1e-2, "rank": lambda: 0, "num_solves": 1}
     weights = WeightSpace.of(K, torch.full((N,), noise, dtype=torch.float64), **options)
     spoilt = replace(weights, factor=weights.gram.factor(wrong * noise))
     solution = spoilt.solve(lambda V: J @ (J.mT @ V) + noise * V, B, rtol=1e-8, max_steps=200)
