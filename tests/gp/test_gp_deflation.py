@@ -30,19 +30,6 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Linear(3, 30), nn.Tanh(), nn.Linear(30, 30), nn.Tanh(), nn.Linear(30, 1)).double()
 
 
-@pytest.fixture
-def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Columns of each product with K."""
-    found, matmul = [], NTKLinearOperator._matmul
-
-    def spy(self: NTKLinearOperator, rhs: Tensor) -> Tensor:
-        found.append(rhs.shape[-1] if rhs.ndim > 1 else 1)
-        return matmul(self, rhs)
-
-    monkeypatch.setattr(NTKLinearOperator, "_matmul", spy)
-    return found
-
-
 @contextmanager
 def lazily(rank: int, rtol: float = 1e-6):
     with ExitStack() as stack:

@@ -46,19 +46,6 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
-@pytest.fixture
-def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Columns of each product with K."""
-    found, matmul = [], NTKLinearOperator._matmul
-
-    def spy(self: NTKLinearOperator, rhs: Tensor) -> Tensor:
-        found.append(rhs.shape[-1] if rhs.ndim > 1 else 1)
-        return matmul(self, rhs)
-
-    monkeypatch.setattr(NTKLinearOperator, "_matmul", spy)
-    return found
-
-
 @pytest.mark.parametrize("noise", [1e-4, 1e-2, 1.0])
 @pytest.mark.parametrize("rank", [0, 40])
 @pytest.mark.parametrize("scale", [None, 1e-6])

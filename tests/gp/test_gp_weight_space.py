@@ -46,19 +46,6 @@ def grams(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
-@pytest.fixture
-def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Columns of each product with K."""
-    found, matmul = [], NTKLinearOperator._matmul
-
-    def spy(self: NTKLinearOperator, rhs: Tensor) -> Tensor:
-        found.append(rhs.shape[-1] if rhs.ndim > 1 else 1)
-        return matmul(self, rhs)
-
-    monkeypatch.setattr(NTKLinearOperator, "_matmul", spy)
-    return found
-
-
 def make_diagonal(kind: str, n: int, noise: float) -> Tensor:
     if kind == "one number":
         return torch.tensor(noise, dtype=torch.float64)
