@@ -483,10 +483,7 @@ class NTKLinearOperator(LinearOperator):  # type: ignore[misc]  # linear_operato
     def kept_nystrom_root(self) -> Tensor | None:
         """The last root, of whichever rank, of the kernel without its scale; None if there is none."""
         rows = self._gramian.side1
-        found: Tensor | None = None
-        if not self.batch_shape:
-            found = self._settings.root.find(self._model, rows.x, rows.selected)
-        return found
+        return None if self.batch_shape else self._settings.root.find(self._model, rows.x, rows.selected)
 
     def precondition_with(self, values: Tensor, vectors: Tensor) -> None:
         """Precondition later solves with ``K + D`` by eigenpairs of K, in the place of a randomised approximation.

@@ -148,10 +148,16 @@ def test_conditioning_on_an_observation_is_a_refit_with_it():
 def test_big_data_goes_by_products_although_botorch_turned_them_off():
     network = _network()
     x = _inputs(60, 2, seed=4)
-    K = ScaleKernel(NTKKernel(network, max_dense_bytes=8 * 59**2))(x).evaluate_kernel()
+    kernel = ScaleKernel(NTKKernel(network, max_dense_bytes=8 * 59**2))
+    K = kernel(x).evaluate_kernel()
     with big_data():
         total = K.add_diagonal(torch.tensor(0.1, dtype=torch.float64))
         # To write K down would be an error.
-        total.solve(x)
-        total.inv_quad_logdet(x, logdet=True)
+        X = total.solve(x)
+        _, log_determinant = total.inv_quad_logdet(x, logdet=True)
         total.root_decomposition()
+    J, scale = dense_jacobian(network, x), kernel.outputscale.detach()
+    dense = scale * J @ J.mT + 0.1 * torch.eye(60).double()
+    assert defect(dense @ X.detach(), x) < 1e-2  # the tolerance of training
+    # There are 49 parameters: solved in their space, and exact.
+    assert abs(log_determinant.detach() - dense.logdet()) < 1e-8 * abs(dense.logdet())
