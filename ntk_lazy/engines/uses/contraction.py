@@ -21,7 +21,13 @@ def rows_cost(p: int, itemsize: int, *, q: int, k: int) -> float:
 
 def by_position(S: int, o: int, i: int, itemsize: int, *, q: int, k: int) -> float:
     """Both halves as products over all positions."""
-    return 4.0 * S * k * o * (i + q) + _BALANCE * itemsize * S * (4 * k * o + 2 * i)
+    scaled, fixed = (i, o) if scales_input(q, o, i) else (o, i)
+    return 4.0 * S * k * scaled * (fixed + q) + _BALANCE * itemsize * S * (4 * k * scaled + 2 * fixed)
+
+
+def scales_input(q: int, o: int, i: int) -> bool:
+    """Whether the input of a layer is narrower than the gradient: one of the two is scaled for each column."""
+    return q == 1 and i < o
 
 
 def by_example(S: int, o: int, i: int, itemsize: int, *, q: int, k: int) -> float:

@@ -14,14 +14,14 @@ from torch.nn.functional import pad
 from typing_extensions import override
 
 from ntk_lazy.engines.chunks import slices
-from ntk_lazy.engines.uses.contraction import by_example, by_position
+from ntk_lazy.engines.uses.contraction import by_example, by_position, scales_input
 from ntk_lazy.engines.uses.use import Coefficients, ParameterColumns, ParameterRows, Rows, Use
 from ntk_lazy.gemm import add_gram_, times_transposed
 
 OutputGradients: TypeAlias = Float[Tensor, "q b S o"]
 
-# Columns that are multiplied at once: the accumulator of a layer stays in cache, and products are wide enough.
-_COLUMNS = 4
+# A factor is scaled for as many columns at once as make it so wide: products are wide enough, and stay in cache.
+_WIDTH = 1024
 # Scaling a factor and multiplying with it stay in cache when they work on pieces of so many bytes.
 _PIECE_BYTES = 4 << 20
 # Rows of J of few examples meet all columns, which come from memory each time: with twice as many, wide products are
@@ -124,44 +124,48 @@ class Outer(Use):
     def pull(self, V: Coefficients, W: ParameterColumns) -> None:
         q, S, o, i = self._sizes
         k = V.shape[2]
-        by_example = self._is_by_example(k)
-        if by_example:
+        if self._is_by_example(k):
             for piece in self._pieces(q * o * i, _ROWS_BYTES):
                 add_gram_(W, V[piece].flatten(0, 1), self.rows(piece).flatten(0, 1))
             return
-        # Columns first: an accumulator of a few columns stays in cache while all examples pass.
-        weights = W.view(k, o, i) if self.is_transposed else W.new_zeros(k, o, i)
-        for piece in self._pieces(S * max(_COLUMNS * o, i)):
-            G, A = self.G[:, piece], self.left(piece).flatten(0, 1)
-            for columns in slices(k, _COLUMNS):
+        for piece in self._pieces(S * max(self._width(k), o, i)):
+            G, A = self.G[:, piece], self.left(piece)
+            fixed = (G[0] if self._scales_input else A).flatten(0, 1)
+            for columns in slices(k, self._num_columns):
                 v = V[piece, :, columns]
-                if q == 1:
+                if self._scales_input:
+                    D = A.unsqueeze(2) * v[:, 0, None, :, None]
+                elif q == 1:
                     D = G[0].unsqueeze(2) * v[:, 0, None, :, None]
                 else:
                     # (b, S o, q) x (b, q, k): the gradient of each column at each output of the layer.
                     D = torch.bmm(v.mT, G.permute(1, 0, 2, 3).flatten(2)).unflatten(2, (S, o)).transpose(1, 2)
-                part = weights[columns]
-                add_gram_(part.view(-1, i), D.reshape(A.shape[0], -1), A)
-        if not self.is_transposed:
-            W += weights.mT.reshape(k, -1)
+                part, scaled = self._matrices(W[columns]), D.reshape(fixed.shape[0], -1)
+                if part.is_contiguous():
+                    add_gram_(part.view(-1, fixed.shape[1]), scaled, fixed)
+                else:
+                    total = part.new_zeros(scaled.shape[1], fixed.shape[1])
+                    add_gram_(total, scaled, fixed)
+                    part += total.view_as(part)
 
     @override
     def push(self, W: ParameterColumns, Y: Coefficients) -> None:
         q, S, o, i = self._sizes
         k = W.shape[0]
-        by_example = self._is_by_example(k)
-        weights = W.view(k, o, i) if self.is_transposed else W.view(k, i, o).mT
-        if by_example:
+        if self._is_by_example(k):
             for piece in self._pieces(q * o * i, _ROWS_BYTES):
                 R = self.rows(piece)
                 Y[piece] += times_transposed(R.flatten(0, 1), W).view(*R.shape[:2], k)
             return
-        for piece in self._pieces(S * max(_COLUMNS * o, i)):
-            G, A = self.G[:, piece], self.left(piece).flatten(0, 1)
-            for columns in slices(k, _COLUMNS):
-                H = times_transposed(A, weights[columns].reshape(-1, i)).view(G.shape[1], S, -1, o)
+        for piece in self._pieces(S * max(self._width(k), o, i)):
+            G, A = self.G[:, piece], self.left(piece)
+            fixed = (G[0] if self._scales_input else A).flatten(0, 1)
+            for columns in slices(k, self._num_columns):
+                part = self._matrices(W[columns])
+                H = times_transposed(fixed, part.reshape(-1, fixed.shape[1])).view(*A.shape[:2], *part.shape[:2])
                 if q == 1:
-                    Y[piece, 0, columns] += H.mul_(G[0].unsqueeze(2)).sum((1, 3))
+                    scale = A if self._scales_input else G[0]
+                    Y[piece, 0, columns] += H.mul_(scale.unsqueeze(2)).sum((1, 3))
                 else:
                     Y[piece, :, columns] += torch.einsum("bsko,qbso->bqk", H, G)
 
@@ -192,6 +196,29 @@ class Outer(Use):
     @override
     def at(self, examples: slice) -> Outer:
         return replace(self, source=self.source[examples], G=self.G[:, examples])
+
+    @property
+    def _scales_input(self) -> bool:
+        """Whether coefficients scale what goes in, and not the gradient, for the narrower one of the two is cheaper."""
+        q, _, o, i = self._sizes
+        return scales_input(q, o, i)
+
+    @property
+    def _num_columns(self) -> int:
+        """Columns that are multiplied at once."""
+        _, _, o, i = self._sizes
+        return max(1, _WIDTH // (i if self._scales_input else o))
+
+    def _width(self, num_columns: int) -> int:
+        """Numbers at each position of a factor that is scaled for so many columns, or as many as go at once."""
+        _, _, o, i = self._sizes
+        return min(num_columns, self._num_columns) * (i if self._scales_input else o)
+
+    def _matrices(self, W: ParameterColumns) -> Float[Tensor, "k scaled fixed"]:
+        """View columns of the weight with the factor that is scaled first."""
+        _, _, o, i = self._sizes
+        weights = W.view(-1, o, i) if self.is_transposed else W.view(-1, i, o)
+        return weights.mT if self._scales_input == self.is_transposed else weights
 
     def _is_by_example(self, k: int) -> bool:
         q, S, o, i = self._sizes

@@ -20,6 +20,8 @@ ParameterRows: TypeAlias = Float[Tensor, "b q p"]
 
 COPY_BYTES = 32 << 20
 """Products and sums that copy their operands do so for pieces of so many bytes."""
+# Copies in float64 of pieces of so many bytes stay in cache.
+_CACHED_BYTES = 512 << 10
 # Entries of a parameter so small that its sums are in float64.
 _FEW = 4096
 
@@ -117,7 +119,7 @@ class Rows(Use):
         # a long float32 sum loses would hide small eigenvalues. In float64 it costs next to nothing.
         is_small = self.num_entries <= _FEW
         total = W.double() if is_small else W
-        for piece in self._pieces():
+        for piece in self._pieces(_CACHED_BYTES if is_small else COPY_BYTES):
             v, R = V[piece].flatten(0, 1), self.R[piece].flatten(0, 1)
             if is_small:
                 total.addmm_(v.mT.double(), R.double())
@@ -128,7 +130,7 @@ class Rows(Use):
 
     @override
     def push(self, W: ParameterColumns, Y: Coefficients) -> None:
-        for piece in self._pieces():
+        for piece in self._pieces(COPY_BYTES):
             part = Y[piece]
             part += times_transposed(self.R[piece].flatten(0, 1), W).view_as(part)
 
@@ -148,7 +150,7 @@ class Rows(Use):
     def at(self, examples: slice) -> Rows:
         return Rows(self.R[examples])
 
-    def _pieces(self) -> Iterator[slice]:
-        """Cut the chunk into pieces whose temporaries are small beside what is held."""
-        size = max(1, COPY_BYTES // max(1, self.R.shape[1] * self.R.shape[2] * self.R.element_size()))
+    def _pieces(self, num_bytes: int) -> Iterator[slice]:
+        """Cut the chunk into pieces of so many bytes."""
+        size = max(1, num_bytes // max(1, self.R.shape[1] * self.R.shape[2] * self.R.element_size()))
         return slices(self.R.shape[0], size)
