@@ -2,9 +2,10 @@
 
     python benchmarks/gaussian_process.py [--points 50000] [--tests 10000] [--steps 10]
 
-Prints seconds, products with K and the columns of each part, and the peak of resident memory beyond that of libraries
-and data. Nothing as large as K fits ``max_dense_bytes``, so that writing K down would be an error. The targets are a
-function that the network does not know, with noise of standard deviation 0.1.
+Prints seconds, products with K and the columns of each part, what these columns would take at the rate that the machine
+multiplied matrices with just before, and the peak of resident memory beyond that of libraries and data. Nothing as
+large as K fits ``max_dense_bytes``, so that writing K down would be an error. The targets are a function that the
+network does not know, with noise of standard deviation 0.1.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ import torch
 from gpytorch.kernels import ScaleKernel
 from torch import Tensor, nn
 
+from ntk_lazy.engines.rates import seconds
+from ntk_lazy.gemm import times_transposed
 from ntk_lazy.gp import NTKKernel, big_data
 from ntk_lazy.operator.ntk_linear_operator import NTKLinearOperator
 
@@ -78,12 +81,24 @@ def counted() -> Iterator[list[int]]:
         NTKLinearOperator._matmul = matmul
 
 
+def rate() -> float:
+    """Operations of a matrix product in a second; measured each time, for a machine that others use changes."""
+    A = torch.full((2048, 2048), 0.5)
+    return 2 * 2048**3 / seconds(lambda: times_transposed(A, A), "cpu")
+
+
 @contextmanager
-def part(name: str, columns: list[int]) -> Iterator[None]:
-    began, before = time.perf_counter(), len(columns)
+def part(name: str, columns: list[int], flops: float) -> Iterator[None]:
+    """Print what a part took; a product with one column takes so many operations."""
+    found, began, before = rate(), time.perf_counter(), len(columns)
     yield
     spent, mine = time.perf_counter() - began, columns[before:]
-    print(f"{name:26s} {spent:8.1f} s  {len(mine):5d} products  {sum(mine):6d} columns", flush=True)
+    least = sum(mine) * flops / found
+    print(
+        f"{name:22s} {spent:7.1f} s  {len(mine):4d} products  {sum(mine):5d} columns, {least:6.1f} s at "
+        f"{found / 1e9:.0f} GFLOP/s",
+        flush=True,
+    )
 
 
 def main() -> None:
@@ -94,7 +109,9 @@ def main() -> None:
     generator = torch.Generator().manual_seed(1)
     x, z = (torch.randn(n, FEATURES, generator=generator) for n in (options.points, options.tests))
     y = target(x) + NOISE * torch.randn(options.points, generator=generator)
-    kernel = NTKKernel(network(), memory_budget="3GB", max_dense_bytes=options.points**2)
+    net = network()
+    flops = 4.0 * options.points * sum(p.numel() for p in net.parameters())
+    kernel = NTKKernel(net, memory_budget="3GB", max_dense_bytes=options.points**2)
     gp = Regression(x, y, kernel)
     # In the units of the targets: K of a network has entries of the size of its width.
     with torch.no_grad():
@@ -106,7 +123,7 @@ def main() -> None:
     before, began = peak(), time.perf_counter()
     with counted() as columns, big_data():
         for step in range(options.steps):
-            with part(f"step {step}", columns):
+            with part(f"step {step}", columns, flops):
                 optimiser.zero_grad()
                 loss = -mll(gp(x), y)
                 loss.backward()
@@ -115,11 +132,11 @@ def main() -> None:
             print(f"  loss {float(loss.detach()):.4f}, scale {scale:.4f}, noise {noise:.5f}", flush=True)
         gp.eval()
         with torch.no_grad():
-            with part("first mean", columns):
+            with part("first mean", columns, flops):
                 mean = gp(z).mean
-            with part("first variance", columns):
+            with part("first variance", columns, flops):
                 variance = gp.likelihood(gp(z)).variance
-            with part("mean and variance again", columns):
+            with part("again", columns, flops):
                 posterior = gp.likelihood(gp(z))
                 _ = posterior.mean, posterior.variance
     error = mean - target(z)
