@@ -24,6 +24,7 @@ from ntk_lazy.errors import ArgumentError
 from ntk_lazy.linalg.conjugate_gradients import conjugate_gradients
 from ntk_lazy.operator.log_likelihood import log_likelihood_terms
 from ntk_lazy.operator.preconditioner_rank import preconditioner_rank
+from ntk_lazy.operator.roots import root_by_products, root_of_kept_pairs
 from ntk_lazy.operator.weight_space import WeightSolution, WeightSpace
 from ntk_lazy.solves import MOST_RTOL
 
@@ -174,7 +175,7 @@ class AddedDiagonal(AddedDiagLinearOperator):  # type: ignore[misc]  # linear_op
     def _rank(self, right_hand_sides: int, num_solves: int) -> int:
         """The rank of the preconditioner that a solve would get."""
         # Pairs that are given cost no product; the plan takes them for a Nyström approximation of their rank.
-        known = self.kernel.deflation_root()
+        known = root_of_kept_pairs(self.kernel)
         if known is not None:
             return int(known.shape[1])
         diagonal = self._diag_tensor._diagonal()
@@ -190,11 +191,11 @@ class AddedDiagonal(AddedDiagLinearOperator):  # type: ignore[misc]  # linear_op
         if self.preconditioner_override is not None:
             found: Preconditioner = super()._preconditioner()
             return found
-        root = self.kernel.deflation_root()
+        root = root_of_kept_pairs(self.kernel)
         if root is None:
             self._check_diagonal()
             rank = self._rank(right_hand_sides, num_solves)
-            root = self.kernel.nystrom_root(rank) if rank else None
+            root = root_by_products(self.kernel, rank) if rank else None
         if root is None:
             return None, None, None
         # Of a diagonal of n numbers that happen to be equal each has a gradient of its own.

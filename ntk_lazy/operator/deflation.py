@@ -15,7 +15,7 @@ _MOST_DEFECT = 1e-2  # relative residual of a pair
 _MOST_OVERLAP = 100.0  # in eps; the preconditioner takes vectors for orthonormal
 
 
-def deflation_root(matmul: Map, kernel: Any, values: Tensor, vectors: Tensor) -> Float[Tensor, "n k"]:
+def root_of_pairs(matmul: Map, kernel: Any, values: Tensor, vectors: Tensor) -> Float[Tensor, "n k"]:
     """Check eigenpairs of a kernel, and return ``V sqrt(Λ)``, with which ``K ≈ V Λ Vᵀ`` is a preconditioner.
 
     Args:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from math import prod
-from typing import Any, Self, cast, final
+from typing import Any, cast, final
 
 import numpy as np
 import torch
@@ -14,117 +13,36 @@ from linear_operator.operators import DiagLinearOperator, LinearOperator, RootLi
 from torch import Tensor
 from typing_extensions import override
 
-from ntk_lazy.engines.contract import X1, X2, Preflight
-from ntk_lazy.errors import ArgumentError, BudgetError, ShapeError
-from ntk_lazy.linalg.nystrom import nystrom_root
-from ntk_lazy.model import FunctionalModel, ModelCall, as_ieee
+from ntk_lazy.errors import BudgetError, ShapeError
+from ntk_lazy.model import FunctionalModel, as_ieee
 from ntk_lazy.operator.added_diagonal import AddedDiagonal
-from ntk_lazy.operator.bilinear import BilinearGradient
-from ntk_lazy.operator.deflation import deflation_root
-from ntk_lazy.operator.gramian import Gramian
-from ntk_lazy.operator.indices import backward_slices, is_everything, is_same_index, plain_indices
+from ntk_lazy.operator.indices import backward_slices, plain_indices
 from ntk_lazy.operator.job import job_of
 from ntk_lazy.operator.readout import read_entries, write_down
+from ntk_lazy.operator.representation import KernelRepresentation
+from ntk_lazy.operator.roots import keep_pairs
 from ntk_lazy.operator.side import Side
-from ntk_lazy.outputs import OutputLayout
-from ntk_lazy.plan import EngineSettings, Plan
+from ntk_lazy.plan import Plan
 from ntk_lazy.probes import Probes
 from ntk_lazy.rows import Rows
 from ntk_lazy.shapes import Block, ParameterBlock, SmallMatrix
 from ntk_lazy.solves import Solve
 
-_PARAM, _CONSTANT, _BUFFER = "p.", "c.", "b."
-
 
 @final
-class NTKLinearOperator(LinearOperator):  # type: ignore[misc]  # linear_operator has no types
+class NTKLinearOperator(KernelRepresentation):
     """The empirical neural tangent kernel, lazily; made by ``ntk_lazy.ntk``.
 
     ``K = s J1 J2ᵀ`` with J the Jacobian of the model's outputs in its chosen parameters. Row ``i*C + c`` belongs
     to example i and output c. Square (``x2`` is None) or rectangular, batched over leading dimensions of the inputs.
 
-    Every tensor is a part of the operator's representation, each parameter by its name, so that gradients reach the
-    parameters and the inputs, and ``to``, ``detach`` and pickling work; the module itself is held by a wrapper that
-    no conversion can reach. Nothing is cached: after an optimiser step the same operator is the new kernel.
+    Nothing is cached: after an optimiser step the same operator is the new kernel. It is differentiable in points,
+    parameters and scale.
 
     Cost: a product with k columns is two sweeps over the examples, see ``explain()``.
     """
 
-    def __init__(  # noqa: PLR0913  (linear_operator builds it anew from exactly these)
-        self,
-        x1: Tensor,
-        x2: Tensor | None = None,
-        *,
-        call: ModelCall,
-        layout: OutputLayout,
-        preflight: Preflight,
-        settings: EngineSettings,
-        example_dims: int,
-        order: tuple[str, ...],
-        rows1: Tensor | None = None,
-        rows2: Tensor | None = None,
-        scale: Tensor | None = None,
-        **tensors: Tensor,
-    ) -> None:
-        shared = {"call": call, "layout": layout, "preflight": preflight, "settings": settings}
-        optional = {"rows1": rows1, "rows2": rows2, "scale": scale}
-        inputs = (x1,) if x2 is None else (x1, x2)
-        super().__init__(*inputs, **shared, **optional, example_dims=example_dims, order=order, **tensors)
-        self._layout, self._preflight, self._settings = layout, preflight, settings
-        self._model = model = FunctionalModel(
-            call=call,
-            # linear_operator hands the tensors back sorted by name, and a flat vector follows the module's order.
-            params={n: tensors[_PARAM + n] for n in order},
-            constants={
-                n[2:]: t.detach() if n.startswith(_BUFFER) else t
-                for n, t in tensors.items()
-                if not n.startswith(_PARAM)
-            },
-            buffer_names=frozenset(n.removeprefix(_BUFFER) for n in tensors if n.startswith(_BUFFER)),
-        )
-        self._gramian = Gramian(
-            settings.build(model, layout, preflight),
-            Side(x1, rows1, example_dims, layout.rows_per_example),
-            None if x2 is None else Side(x2, rows2, example_dims, layout.rows_per_example),
-            scale,
-        )
-
-    @classmethod
-    def of(
-        cls,
-        model: FunctionalModel,
-        side1: Side,
-        side2: Side | None,
-        *,
-        layout: OutputLayout,
-        preflight: Preflight,
-        settings: EngineSettings,
-    ) -> Self:
-        """Build the operator from the parts that ``ntk`` has checked; ``side2=None`` makes it square."""
-        return cls(
-            *([side1.x] if side2 is None else [side1.x, side2.x]),
-            call=model.call,
-            layout=layout,
-            preflight=preflight,
-            settings=settings,
-            example_dims=side1.example_dims,
-            order=tuple(model.params),
-            rows1=side1.selected,
-            rows2=None if side2 is None else side2.selected,
-            **_tensors(model),
-        )
-
     # What the operator is.
-
-    @property
-    @override
-    def dtype(self) -> torch.dtype:
-        return self._gramian.dtype
-
-    @property
-    @override
-    def device(self) -> torch.device:
-        return self._gramian.device
 
     @property
     def num_examples(self) -> int:
@@ -145,17 +63,6 @@ class NTKLinearOperator(LinearOperator):  # type: ignore[misc]  # linear_operato
     def num_features(self) -> int:
         """Columns of J: P, or C*P in trace mode."""
         return self._gramian.engine.num_features
-
-    @property
-    def is_symmetric(self) -> bool:
-        """Whether both sides are known to be the same rows."""
-        return self._gramian.side2 is None
-
-    @property
-    def is_gram_matrix(self) -> bool:
-        """Whether K is ``J Jᵀ`` of a real J: one set of rows, one kernel, and no negative scale."""
-        scale = self._gramian.scale
-        return self.is_symmetric and not self.batch_shape and (scale is None or bool(scale.detach() >= 0))
 
     @property
     def rows(self) -> Rows:
@@ -285,17 +192,9 @@ class NTKLinearOperator(LinearOperator):  # type: ignore[misc]  # linear_operato
             if x is not None:
                 _check_kind(x, old.x)
             sides.append(None if x is None else Side(x, None, old.example_dims, old.rows_per_example))
-        return self._rebuild(cast(Side, sides[0]), sides[1], tensors={} if model is None else _tensors(model))
+        return self._rebuild(cast(Side, sides[0]), sides[1], model=model)
 
     # The contract of linear_operator.
-
-    @override
-    def _size(self) -> torch.Size:
-        return self._gramian.shape
-
-    @override
-    def _transpose_nonbatch(self) -> LinearOperator:
-        return self if self.is_symmetric else self._rebuild(self._gramian.columns, self._gramian.side1)
 
     @override
     def _matmul(self, rhs: Tensor) -> Tensor:
@@ -326,25 +225,6 @@ class NTKLinearOperator(LinearOperator):  # type: ignore[misc]  # linear_operato
             alone[dim], plain[dim] = elements.to(self.device), slice(None)
             kernel = LinearOperator.__getitem__(kernel, tuple(alone))
         return LinearOperator.__getitem__(kernel, tuple(plain))
-
-    @override
-    def _getitem(self, row_index: Any, col_index: Any, *batch_indices: Any) -> LinearOperator:
-        side1, side2 = self._gramian.side1, self._gramian.columns
-        symmetric = self.is_symmetric and is_same_index(row_index, col_index)
-        if batch_indices:
-            side1, side2 = side1.expand(self.batch_shape), side2.expand(self.batch_shape)
-            side1, side2 = (side.with_x(side.x[tuple(batch_indices)]) for side in (side1, side2))
-        side1 = side1 if is_everything(row_index) else side1.select(row_index)
-        side2 = side2 if is_everything(col_index) else side2.select(col_index)
-        return self._rebuild(side1, None if symmetric or side1.is_same(side2) else side2)
-
-    @override
-    def _unsqueeze_batch(self, dim: int) -> LinearOperator:
-        return self._on_batches(lambda x: x.unsqueeze(dim))
-
-    @override
-    def _permute_batch(self, *dims: int) -> LinearOperator:
-        return self._on_batches(lambda x: x.permute(*dims, *range(len(dims), x.ndim)))
 
     @override
     def _mul_constant(self, other: float | Tensor) -> LinearOperator:
@@ -387,19 +267,6 @@ class NTKLinearOperator(LinearOperator):  # type: ignore[misc]  # linear_operato
     def dense_derivative(self, upstream: Tensor) -> tuple[Tensor | None, ...]:
         """Differentiate ``⟨upstream, K⟩`` in all tensors of the representation but the scale."""
         return self._gradients(lambda wrt: self._gramian.dense_gradient(upstream, wrt=wrt))
-
-    def _gradients(self, differentiate: Callable[[set[str]], BilinearGradient]) -> tuple[Tensor | None, ...]:
-        """Hand what was found by the names of the engine to the tensors that ask for a gradient."""
-        names = [*("x1", "x2")[: len(self._args)], *self._differentiable_kwargs]
-        asked = {n for n, t in zip(names, self.representation(), strict=True) if t.requires_grad and n[:2] != _BUFFER}
-        if not asked:
-            return (None,) * len(names)
-        engine_names = {n: {"x1": X1, "x2": X2}.get(n, n[2:]) for n in asked - {"scale"}}
-        total = differentiate(set(engine_names.values()))
-        scale = 1.0 if self._gramian.scale is None else self._gramian.scale.detach()
-        found = {n: total.gradient(name) for n, name in engine_names.items()}
-        scaled = {n: None if g is None else g * scale for n, g in found.items()} | {"scale": total.value}
-        return tuple(scaled[n] if n in asked else None for n in names)
 
     @override
     def to_dense(self, *, max_dense_bytes: int | None = None) -> Tensor:
@@ -449,42 +316,6 @@ class NTKLinearOperator(LinearOperator):  # type: ignore[misc]  # linear_operato
         with self.linearised(rank):
             return super().pivoted_cholesky(rank, error_tol, return_pivots)
 
-    @override
-    def type(self, dtype: torch.dtype) -> LinearOperator:
-        return self._map_tensors(lambda t: t.to(dtype) if t.is_floating_point() else t)
-
-    @override
-    def to(self, *args: Any, **kwargs: Any) -> LinearOperator:
-        example = torch.empty(0, dtype=self.dtype, device=self.device).to(*args, **kwargs)
-        return self._map_tensors(
-            lambda t: t.to(example.device, example.dtype) if t.is_floating_point() else t.to(example.device)
-        )
-
-    def nystrom_root(self, rank: int) -> Tensor | None:
-        """Approximate K by ``L Lᵀ`` with L of shape ``(*batch, n, rank)``, detached; None under a negative scale.
-
-        The last one is kept while inputs and parameters stay the same, whatever the scale.
-
-        Cost: a product with ``rank`` columns; see ``linalg.nystrom``.
-        """
-        scale, rows = self._gramian.scale, self._gramian.side1
-        if scale is not None and not float(scale.detach()) > 0:
-            return None
-        root = self.kept_nystrom_root()
-        if root is None or root.shape[-1] != rank:
-            self._settings.root.forget()  # before its successor is made
-            with torch.no_grad():
-                matmul = self.unscaled()._matmul
-                root = nystrom_root(matmul, self.shape, rank, dtype=self.dtype, device=self.device)
-            if not self.batch_shape:
-                self._settings.root.keep(self._model, rows.x, rows.selected, root)
-        return root if scale is None else root * scale.detach().sqrt()
-
-    def kept_nystrom_root(self) -> Tensor | None:
-        """The last root, of whichever rank, of the kernel without its scale; None if there is none."""
-        rows = self._gramian.side1
-        return None if self.batch_shape else self._settings.root.find(self._model, rows.x, rows.selected)
-
     def precondition_with(self, values: Tensor, vectors: Tensor) -> None:
         """Precondition later solves with ``K + D`` by eigenpairs of K, in the place of a randomised approximation.
 
@@ -505,64 +336,7 @@ class NTKLinearOperator(LinearOperator):  # type: ignore[misc]  # linear_operato
             ArgumentError: Values that are not positive, vectors that are not orthonormal, pairs that are not those of
                 K; a kernel that is not square or has no positive scale.
         """
-        scale, rows = self._gramian.scale, self._gramian.side1
-        if self.batch_shape:
-            raise ShapeError(
-                f"pairs belong to one kernel; this is a batch of shape {tuple(self.batch_shape)}: index it."
-            )
-        if not self.is_symmetric or (scale is not None and not float(scale.detach()) > 0):
-            raise ArgumentError("only a square kernel of one set of rows with a positive scale is solved with.")
-        with torch.no_grad():
-            root = deflation_root(self.detach()._matmul, self, values, vectors)
-        if scale is not None:
-            root = root / scale.detach().sqrt()
-        self._settings.pairs.keep(self._model, rows.x, rows.selected, root)
-
-    def deflation_root(self) -> Tensor | None:
-        """The root of K that eigenpairs gave, shape ``(n, k)``; None if none were given."""
-        scale, rows = self._gramian.scale, self._gramian.side1
-        if not self.is_gram_matrix:
-            return None
-        root: Tensor | None = self._settings.pairs.find(self._model, rows.x, rows.selected)
-        return root if root is None or scale is None else root * scale.detach().sqrt()
-
-    def unscaled(self) -> NTKLinearOperator:
-        """The same kernel without its scale: ``J1 J2ᵀ``."""
-        return self if self._gramian.scale is None else self.__class__(*self._args, **(self._kwargs | {"scale": None}))
-
-    @property
-    def settings(self) -> EngineSettings:
-        """What was asked of the engine, and what is kept from one operator to the next."""
-        return self._settings
-
-    @property
-    def gramian(self) -> Gramian:
-        """The numbers beneath the operator, for the backward passes of what is read off it."""
-        return self._gramian
-
-    def _rebuild(
-        self,
-        side1: Side,
-        side2: Side | None,
-        *,
-        scale: Tensor | None = None,
-        tensors: Mapping[str, Tensor] | None = None,
-    ) -> NTKLinearOperator:
-        kwargs = self._kwargs | (tensors or {})
-        kwargs |= {"rows1": side1.selected, "rows2": None if side2 is None else side2.selected}
-        kwargs["scale"] = self._gramian.scale if scale is None else scale
-        return self.__class__(*([side1.x] if side2 is None else [side1.x, side2.x]), **kwargs)
-
-    def _on_batches(self, change: Callable[[Tensor], Tensor]) -> NTKLinearOperator:
-        sides = [
-            side.with_x(change(side.expand(self.batch_shape).x))
-            for side in (self._gramian.side1, self._gramian.columns)
-        ]
-        return self._rebuild(sides[0], None if self.is_symmetric else sides[1])
-
-    def _map_tensors(self, change: Callable[[Tensor], Tensor]) -> NTKLinearOperator:
-        kwargs: dict[str, Any] = {n: change(v) if isinstance(v, Tensor) else v for n, v in self._kwargs.items()}
-        return self.__class__(*(change(x) for x in self._args), **kwargs)
+        keep_pairs(self, values, vectors)
 
 
 def _check_kind(points: Tensor, of_kernel: Tensor) -> None:
@@ -573,9 +347,3 @@ def _check_kind(points: Tensor, of_kernel: Tensor) -> None:
             f"points are {points.dtype} on {points.device} and those of the kernel {of_kernel.dtype} on "
             f"{of_kernel.device}: pass x.to({str(of_kernel.device)!r}, {of_kernel.dtype})."
         )
-
-
-def _tensors(model: FunctionalModel) -> dict[str, Tensor]:
-    """Name the tensors of a model as the representation of the operator has them."""
-    tensors = {_PARAM + n: t for n, t in model.params.items()}
-    return tensors | {(_BUFFER if n in model.buffer_names else _CONSTANT) + n: t for n, t in model.constants.items()}

@@ -9,6 +9,7 @@ from linear_operator import settings
 from torch import Tensor
 
 from ntk_lazy.operator.job import kept_spectrum
+from ntk_lazy.operator.roots import kept_root
 from ntk_lazy.solves import MOST_RTOL, Solve, cheapest_rank
 
 _SHARE = 0.5  # of the memory budget
@@ -47,6 +48,6 @@ def preconditioner_rank(kernel: Any, diagonal: Tensor, *, right_hand_sides: int,
     job = Solve(
         noise=noise, right_hand_sides=max(right_hand_sides, 1), rtol=min(rtol, MOST_RTOL), num_solves=num_solves
     )
-    root = kernel.kept_nystrom_root()
+    root = kept_root(kernel)
     known = 0 if root is None else root.shape[-1]
     return cheapest_rank(job, kept_spectrum(kernel), kernel.dtype, most=min(n, room), known=known)

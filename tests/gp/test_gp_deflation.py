@@ -17,6 +17,7 @@ from zoo import RIGHT
 import ntk_lazy as nl
 from ntk_lazy.gp import NTKKernel, big_data
 from ntk_lazy.operator.ntk_linear_operator import NTKLinearOperator
+from ntk_lazy.operator.roots import root_of_kept_pairs
 
 N, RANK = 200, 30
 
@@ -81,7 +82,7 @@ def test_it_outlives_scale_and_noise_and_settings_and_not_the_parameters(product
     J = dense_jacobian(model, x)
     for scale, rank in ((3.0, 0), (0.1, 50)):
         noise, other = torch.tensor(scale, dtype=torch.float64), nl.ntk(model, x, engine="gram").detach()
-        root = (K * noise).deflation_root()
+        root = root_of_kept_pairs(K * noise)
         V = pairs.vectors
         exact = V @ (V.mT @ (0.5 * scale * J @ (J.mT @ V))) @ V.mT
         assert defect(root @ root.mT, exact) < 1e-6
@@ -95,7 +96,7 @@ def test_it_outlives_scale_and_noise_and_settings_and_not_the_parameters(product
             assert deflated < sum(products) / (1 if rank else 2)
     with torch.no_grad():
         model[0].weight.mul_(1.01)
-    assert K.deflation_root() is None
+    assert root_of_kept_pairs(K) is None
 
 
 def test_a_gaussian_process_takes_them(products: list[int]):
@@ -158,7 +159,7 @@ def test_what_is_no_pair_of_the_kernel_is_refused(change, message: str):
     K, values, vectors = _of_a_kernel(change)
     with pytest.raises(nl.ArgumentError, match=message):
         K.precondition_with(values, vectors)
-    assert K.deflation_root() is None
+    assert root_of_kept_pairs(K) is None
 
 
 def test_kernels_that_are_not_solved_with_refuse_pairs():

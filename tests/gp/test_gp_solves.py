@@ -18,6 +18,7 @@ from ntk_lazy.gp import NTKKernel, big_data
 from ntk_lazy.operator.added_diagonal import AddedDiagonal
 from ntk_lazy.operator.ntk_linear_operator import NTKLinearOperator
 from ntk_lazy.operator.preconditioner_rank import preconditioner_rank
+from ntk_lazy.operator.roots import kept_root, root_by_products
 
 N = 150
 
@@ -94,14 +95,14 @@ def test_a_preconditioner_saves_products_and_is_made_once(products: list[int]):
 def test_a_parameter_that_was_changed_in_place_has_a_preconditioner_of_its_own():
     model, x = network(), inputs()
     K = nl.ntk(model, x)
-    first = K.nystrom_root(10)
-    assert K.nystrom_root(10) is first
+    first = root_by_products(K, 10)
+    assert root_by_products(K, 10) is first
     with torch.no_grad():
         model[0].weight.mul_(1.5)
-    second = K.nystrom_root(10)
+    second = root_by_products(K, 10)
     assert defect(second @ second.mT, first @ first.mT) > 1e-3
     with torch.no_grad():
-        expected = nl.ntk(model, x).nystrom_root(10)
+        expected = root_by_products(nl.ntk(model, x), 10)
     assert defect(second @ second.mT, expected @ expected.mT) < 1e-10
 
 
@@ -132,11 +133,11 @@ def test_a_rank_that_was_chosen_stays_until_another_one_pays(products: list[int]
         return [columns for columns in products if columns > B.shape[1]]
 
     (first,) = solve(1e-4)
-    root = K.kept_nystrom_root()
+    root = kept_root(K)
     assert root.shape == (400, first)
     assert solve(0.8e-4) == []
     assert solve(1e-1) == []  # one that is there costs nothing
-    assert K.kept_nystrom_root() is root
+    assert kept_root(K) is root
 
 
 def test_a_rank_that_is_chosen_fits_half_of_the_budget():

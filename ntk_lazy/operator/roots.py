@@ -1,0 +1,75 @@
+"""Matrices L with ``K ≈ L Lᵀ``, kept while inputs and parameters of a kernel stay the same, whatever its scale."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ntk_lazy.errors import ArgumentError, ShapeError
+from ntk_lazy.linalg.nystrom import nystrom_root
+from ntk_lazy.model import FunctionalModel
+from ntk_lazy.operator.deflation import root_of_pairs
+
+
+def root_by_products(kernel: Any, rank: int) -> Tensor | None:
+    """Approximate K by ``L Lᵀ`` with L of shape ``(*batch, n, rank)``, detached; None under a negative scale.
+
+    Args:
+        kernel: K, an ``NTKLinearOperator``. The last root of its points and parameters is kept.
+        rank: Columns of L.
+
+    Cost: a product with ``rank`` columns; see ``linalg.nystrom``.
+    """
+    scale = kernel.gramian.scale
+    if scale is not None and not float(scale.detach()) > 0:
+        return None
+    root = kept_root(kernel)
+    if root is None or root.shape[-1] != rank:
+        kernel.settings.root.forget()  # before its successor is made
+        with torch.no_grad():
+            matmul = kernel.unscaled()._matmul
+            root = nystrom_root(matmul, kernel.shape, rank, dtype=kernel.dtype, device=kernel.device)
+        if not kernel.batch_shape:
+            kernel.settings.root.keep(*_place(kernel), root)
+    return _scaled(root, scale)
+
+
+def kept_root(kernel: Any) -> Tensor | None:
+    """Return the last root by products, of whichever rank, of the kernel without its scale; None if there is none."""
+    return None if kernel.batch_shape else kernel.settings.root.find(*_place(kernel))
+
+
+def keep_pairs(kernel: Any, values: Tensor, vectors: Tensor) -> None:
+    """Check eigenpairs of K, and keep their root.
+
+    Raises:
+        ShapeError: Sizes, dtype or device that are not those of K; a kernel that is batched.
+        ArgumentError: Values that are not positive, vectors that are not orthonormal, pairs that are not those of K; a
+            kernel that is not square or has no positive scale.
+    """
+    scale = kernel.gramian.scale
+    if kernel.batch_shape:
+        raise ShapeError(f"pairs belong to one kernel; this is a batch of shape {tuple(kernel.batch_shape)}: index it.")
+    if not kernel.is_symmetric or (scale is not None and not float(scale.detach()) > 0):
+        raise ArgumentError("only a square kernel of one set of rows with a positive scale is solved with.")
+    with torch.no_grad():
+        root = root_of_pairs(kernel.detach()._matmul, kernel, values, vectors)
+    kernel.settings.pairs.keep(*_place(kernel), root if scale is None else root / scale.detach().sqrt())
+
+
+def root_of_kept_pairs(kernel: Any) -> Tensor | None:
+    """Return the root that eigenpairs gave, shape ``(n, k)``; None if none were given."""
+    root = kernel.settings.pairs.find(*_place(kernel)) if kernel.is_gram_matrix else None
+    return None if root is None else _scaled(root, kernel.gramian.scale)
+
+
+def _place(kernel: Any) -> tuple[FunctionalModel, Tensor, Tensor | None]:
+    """What a kernel is known by."""
+    gramian = kernel.gramian
+    return gramian.engine.model, gramian.side1.x, gramian.side1.selected
+
+
+def _scaled(root: Tensor, scale: Tensor | None) -> Tensor:
+    return root if scale is None else root * scale.detach().sqrt()
