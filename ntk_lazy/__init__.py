@@ -33,8 +33,9 @@ from ntk_lazy.operator import NTKLinearOperator
 from ntk_lazy.plan import Plan
 from ntk_lazy.probes import Probes
 from ntk_lazy.records import SpectrumRecord
+from ntk_lazy.schedule import LogSpaced
 from ntk_lazy.solves import Solve
-from ntk_lazy.tracker import LogSpaced, SpectrumTracker
+from ntk_lazy.tracker import SpectrumTracker
 
 __all__ = [
     "LOBPCG",

@@ -38,6 +38,7 @@ from ntk_lazy.outputs import OutputMode, as_output_mode
 from ntk_lazy.precision import ieee_precision
 from ntk_lazy.probes import Probes
 from ntk_lazy.records import Provenance, SpectrumRecord, append_record, read_records, versions
+from ntk_lazy.schedule import LogSpaced
 
 _LOG = logging.getLogger(__name__)
 # What a solve may end with that is no fault of the training loop. An exception of the user's model is not among them.
@@ -47,31 +48,6 @@ _SOLVE_ERRORS: tuple[type[Exception], ...] = (
     torch.OutOfMemoryError,
     MemoryError,
 )
-
-
-@final
-@dataclass(frozen=True)
-class LogSpaced:
-    """Step 0 and steps that are equally spaced in their logarithm; ``step in schedule`` asks.
-
-    Attributes:
-        per_decade: Steps between 1 and 10, between 10 and 100 and so on.
-    """
-
-    per_decade: int = 6
-
-    def __post_init__(self) -> None:
-        if self.per_decade < 1:
-            raise ArgumentError(f"per_decade must be at least 1, not {self.per_decade}.")
-
-    def __contains__(self, step: object) -> bool:
-        if not isinstance(step, int) or step < 0:
-            return False
-        if step == 0:
-            return True
-        nearest = round(math.log10(step) * self.per_decade)
-        # Neighbours too: rounding 10^(i/d) to a step may move it past the middle between two exponents.
-        return any(round(10 ** (i / self.per_decade)) == step for i in (nearest - 1, nearest, nearest + 1))
 
 
 @final

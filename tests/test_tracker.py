@@ -15,7 +15,8 @@ from ntk_lazy.eigen import EigenResult, Lanczos, eigsh
 from ntk_lazy.errors import ArgumentError, DegenerateError, ShapeError, UnsupportedModuleError
 from ntk_lazy.probes import Probes
 from ntk_lazy.records import read_records
-from ntk_lazy.tracker import LogSpaced, SpectrumTracker
+from ntk_lazy.schedule import LogSpaced
+from ntk_lazy.tracker import SpectrumTracker
 
 N = 24
 
