@@ -159,22 +159,26 @@ def cheapest_rank(job: Solve, spectrum: Spectrum, dtype: torch.dtype, *, most: i
         spectrum: Of the kernel.
         dtype: Of the products.
         most: The largest rank that there is memory for.
-        known: The rank of a preconditioner that was made before and costs nothing, 0 for none.
+        known: The rank of a preconditioner that was made before and costs nothing, 0 for none; a larger one costs what
+            it has more.
 
     Returns:
-        0, ``known``, or another rank up to ``most``: a power of two.
+        0, ``known``, ``most``, or a power of two below it.
 
     Cost: conjugate gradients on a diagonal matrix for each power of two, a millisecond or so for each ten iterations.
     """
-    ranks = [1 << i for i in range(_LEAST_RANK.bit_length() - 1, max(most, 1).bit_length())]
+    powers = (1 << i for i in range(_LEAST_RANK.bit_length() - 1, max(most, 1).bit_length()))
+    ranks = sorted({*powers, most} if most >= _LEAST_RANK else set())
 
     def columns(rank: int) -> int:
         iterations = PredictedSolve.of(replace(job, rank=rank), spectrum, dtype).iterations
-        return job.num_solves * job.right_hand_sides * iterations + (0 if rank == known else rank)
+        return job.num_solves * job.right_hand_sides * iterations + max(0, rank - known)
 
     best, least = known, columns(known)
     for rank in ranks:
-        if rank >= least:
+        if rank <= known:
+            continue
+        if rank - known >= least:
             break  # it costs more than the solves do
         asked = columns(rank)
         if asked < least:

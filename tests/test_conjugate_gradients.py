@@ -9,7 +9,7 @@ from linear_operator.utils.warnings import NumericalWarning
 from torch import Generator, Tensor
 
 from ntk_lazy.linalg.conjugate_gradients import conjugate_gradients
-from ntk_lazy.linalg.nystrom import nystrom_root
+from ntk_lazy.linalg.nystrom import extended_root, nystrom_root
 
 N = 80
 
@@ -168,3 +168,36 @@ def test_a_nystrom_root_of_a_small_rank_matrix_is_exact():
     K = U @ U.mT
     L = nystrom_root(lambda V: K @ V, K.shape, 12, dtype=K.dtype, device=K.device)
     assert (L @ L.mT - K).norm() < 1e-6 * K.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_nystrom_root_grows_by_the_columns_it_is_asked_for(dtype: torch.dtype):
+    K, widths = matrix(2.0).to(dtype), []
+
+    def matmul(V: torch.Tensor) -> torch.Tensor:
+        widths.append(V.shape[-1])
+        return K @ V
+
+    L = nystrom_root(matmul, K.shape, 10, dtype=dtype, device=K.device)
+    for rank in (20, 30):
+        L = extended_root(matmul, L, rank)
+    assert widths == [10, 10, 10]
+    assert L.shape == (K.shape[0], 30)
+    rest = torch.linalg.eigvalsh(K.double() - L.double() @ L.double().mT)
+    assert rest.min() > -1e3 * torch.finfo(dtype).eps
+    assert rest.max() < 10 * 16**-2.0  # as one of 30 columns
+    gram = L.double().mT @ L.double()
+    assert (gram - gram.diagonal().diag()).abs().max() < 1e-5
+    assert (gram.diagonal().diff() <= 0).all()
+
+
+def test_a_nystrom_root_that_says_all_grows_by_nothing():
+    U = block(5)
+    K = U @ U.mT
+    L = extended_root(lambda V: K @ V, nystrom_root(lambda V: K @ V, K.shape, 12, dtype=K.dtype, device=K.device), 20)
+    assert (L @ L.mT - K).norm() < 1e-6 * K.norm()
+
+
+def test_a_nystrom_root_that_grows_by_what_is_no_number_is_none():
+    root = torch.eye(N, 4, dtype=torch.float64)
+    assert extended_root(lambda V: V * torch.nan, root, 8).isnan().all()

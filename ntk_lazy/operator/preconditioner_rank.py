@@ -21,7 +21,7 @@ class chosen_rank(settings._feature_flag):  # type: ignore[misc]  # noqa: N801  
     """Whether tangent kernels choose the rank of their preconditioner, unless ``max_preconditioner_size`` is 0.
 
     The rank with which the predicted solves, and the product that makes the preconditioner, multiply the fewest
-    columns. One that was made before, for other noise or scale, goes on unless another one pays in spite of its cost.
+    columns. One that was made before, for other noise or scale, goes on, and grows where more columns pay.
     """
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ntk_lazy.errors import ArgumentError, ShapeError
-from ntk_lazy.linalg.nystrom import nystrom_root
+from ntk_lazy.linalg.nystrom import extended_root, nystrom_root
 from ntk_lazy.model import FunctionalModel
 from ntk_lazy.operator.deflation import root_of_pairs
 
@@ -20,17 +20,20 @@ def root_by_products(kernel: Any, rank: int) -> Tensor | None:
         kernel: K, an ``NTKLinearOperator``. The last root of its points and parameters is kept.
         rank: Columns of L.
 
-    Cost: a product with ``rank`` columns; see ``linalg.nystrom``.
+    Cost: a product with ``rank`` columns, or with those by which the last root is narrower; see ``linalg.nystrom``.
     """
     scale = kernel.gramian.scale
     if scale is not None and not float(scale.detach()) > 0:
         return None
     root = kept_root(kernel)
     if root is None or root.shape[-1] != rank:
-        kernel.settings.root.forget()  # before its successor is made
+        matmul = kernel.unscaled()._matmul
         with torch.no_grad():
-            matmul = kernel.unscaled()._matmul
-            root = nystrom_root(matmul, kernel.shape, rank, dtype=kernel.dtype, device=kernel.device)
+            if root is not None and root.shape[-1] < rank:
+                root = extended_root(matmul, root, rank)
+            else:
+                kernel.settings.root.forget()  # before its successor is made
+                root = nystrom_root(matmul, kernel.shape, rank, dtype=kernel.dtype, device=kernel.device)
         if not kernel.batch_shape:
             kernel.settings.root.keep(*_place(kernel), root)
     return _scaled(root, scale)

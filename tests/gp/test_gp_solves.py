@@ -138,6 +138,8 @@ def test_a_rank_that_was_chosen_stays_until_another_one_pays(products: list[int]
     assert solve(0.8e-4) == []
     assert solve(1e-1) == []  # one that is there costs nothing
     assert kept_root(K) is root
+    (more,) = solve(1e-6)
+    assert kept_root(K).shape == (400, first + more)  # what is there is not multiplied again
 
 
 def test_a_rank_that_is_chosen_fits_half_of_the_budget():
