@@ -172,6 +172,27 @@ def test_every_use_of_a_parameter_is_seen_whatever_module_owns_it():
         assert defect(K.to_dense(), J @ J.mT) < 1e-10
 
 
+class Opposite(nn.Module):
+    """Positions before examples inside, and two outputs whose gradients cancel each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.inner(x.transpose(0, 1)).tanh().mean((0, 2))
+        return torch.stack([z, -z], 1)
+
+
+def test_outputs_that_are_opposite_do_not_hide_where_examples_are():
+    torch.manual_seed(0)
+    module, x = Opposite().double(), torch.randn(6, 5, 3, dtype=torch.float64)
+    K, J = nl.ntk(module, x, engine="factors", chunk_size=4), dense_jacobian(module, x)
+    assert K.explain().preflight.coverage.uncovered == {}
+    V = columns(J.shape[0], 3, torch.float64)
+    assert defect(K @ V, J @ (J.mT @ V)) < 1e-10
+
+
 @pytest.mark.parametrize(
     "layer",
     [

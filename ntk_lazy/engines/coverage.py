@@ -155,23 +155,31 @@ def _uses(
     used = [edge for edge in edges(output, leaves) if edge.name in wanted]
     asked = [onward for edge in used for onward in edge.all()]
     b = output.shape[0]
-    weights = noise((b,), like=output, seed=b)
-    together = cotangents.to(output.dtype).sum(0)
+    weights, q = noise((b,), like=output, seed=b), cotangents.shape[0]
+    # Of several rows of J a mixture: the sum is zero where outputs are opposite to each other.
+    mixture = noise((q,), like=output, seed=q) if q > 1 else weights.new_ones(q)
+    together = mixture @ cotangents.to(output.dtype)
     plain = _gradients(output, asked, cotangents)
     weighted = _gradients(output, asked, (together * weights[:, None])[None])
     gradients = dict(zip(asked, zip(plain, weighted, strict=True), strict=True))
     # A weight and its bias are operands of one operation.
     placed: dict[int, Placement | None] = {}
+    unused: set[int] = set()
     pending = used[::-1]
     while pending:
         edge = pending.pop()
         G, H = gradients[edge]
-        if not G.numel() or bool(largest(G) == 0):
+        node = id(edge.node)
+        if node not in placed and node not in unused:
+            size = largest(H) if H.numel() else H.new_zeros(())
+            if bool(size == 0):
+                unused.add(node)
+            else:
+                whole = G[0] if q == 1 else torch.tensordot(mixture.to(G.dtype), G, 1)
+                placed[node] = Placement.detect(whole, H[0], weights, slack=_SAME * size)
+        if node in unused:
             continue
-        if id(edge.node) not in placed:
-            whole = G[0] if G.shape[0] == 1 else G.sum(0)
-            placed[id(edge.node)] = Placement.detect(whole, H[0], weights, tolerance=_SAME)
-        placement = placed[id(edge.node)]
+        placement = placed[node]
         if placement is None and edge.onward:
             pending.extend(edge.onward[::-1])  # no example in it: so far it is a function of parameters alone
         else:

@@ -121,23 +121,29 @@ class Placement:
         return t.unflatten(dim, sizes).movedim(dim if self.is_first else dim + 1, 0)
 
     @classmethod
-    def detect(cls, G: Tensor, weighted: Tensor, weights: Tensor, *, tolerance: float) -> Self | None:
+    def detect(cls, G: Tensor, weighted: Tensor, weights: Tensor, *, slack: Tensor) -> Self | None:
         """Find out where the examples are, from gradients before and after each example was given a weight.
+
+        Args:
+            G: Before.
+            weighted: After.
+            weights: Of each example.
+            slack: What an entry may be off by.
 
         Returns:
             The placement; None if examples cannot be told apart.
         """
         candidates = (cls(dim, is_first) for dim in range(G.ndim) for is_first in (True, False))
-        return next((c for c in candidates if c._holds(G, weighted, weights, tolerance=tolerance)), None)
+        return next((c for c in candidates if c._holds(G, weighted, weights, slack)), None)
 
-    def _holds(self, G: Tensor, weighted: Tensor, weights: Tensor, *, tolerance: float) -> bool:
+    def _holds(self, G: Tensor, weighted: Tensor, weights: Tensor, slack: Tensor) -> bool:
         """Whether each part of the gradients was scaled by the weight of its example."""
         b = weights.numel()
         if self.dim >= G.ndim or G.shape[self.dim] % b:
             return False
         before, after = self.split(G, b), self.split(weighted, b)
         w = weights.to(G.dtype).reshape(b, *[1] * (before.ndim - 1))
-        return bool(largest(torch.addcmul(after, before, w, value=-1)) <= tolerance * largest(after))
+        return bool(largest(torch.addcmul(after, before, w, value=-1)) <= slack)
 
 
 def largest(t: Tensor) -> Tensor:
