@@ -7,11 +7,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TypeVar, final
 
+import torch
 from torch import Tensor
 from typing_extensions import override
 
 from ntk_lazy.engines.autodiff import AutodiffEngine
-from ntk_lazy.engines.chunks import Chunks, is_same_view
+from ntk_lazy.engines.chunks import Chunks, is_same_view, slices
 from ntk_lazy.engines.contract import (
     ColumnsFirst,
     Engine,
@@ -214,7 +215,16 @@ class PlannedEngine(Engine):
     def bilinear_gradient(
         self, x1: Tensor, x2: Tensor, U: Block, V: OtherBlock, *, wrt: set[str]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.autodiff.bilinear_gradient(x1, x2, U, V, wrt=wrt)
+        if wrt or not is_same_view(x1, x2):
+            return self.autodiff.bilinear_gradient(x1, x2, U, V, wrt=wrt)
+        # A gradient in the scale alone asks for q itself. From half products: of vectors that solves made, which have
+        # next to nothing of the largest eigenvectors, a whole product in float32 would lose it.
+        d, value = U.shape[1], torch.zeros((), dtype=torch.float64)
+        with torch.no_grad():
+            for columns in slices(d, max(1, self.chunks(x1.shape[0], max(1, 2 * d)).columns // 2)):
+                halves = self.half_gram(x1, torch.cat([U[:, columns], V[:, columns]], 1).detach())
+                value += halves.chunk(2, 1)[1].diagonal().sum()
+        return value.to(U), {}
 
     @override
     def rows_gradient(self, x1: Tensor, x2: Tensor, G: GramMatrix, *, wrt: set[str]) -> dict[str, Tensor]:

@@ -227,6 +227,22 @@ def test_gradients_of_noise_and_scale_are_those_of_cholesky(is_diagonal: bool):
         assert defect(a, b) < (0.05 if is_diagonal else 0.02)
 
 
+@pytest.mark.parametrize("engine", ["auto", "autodiff", "factors", "gram"])
+def test_the_gradient_of_a_scale_is_right_where_products_would_lose_it(engine: str):
+    model, x = network(2, torch.float32), inputs(dtype=torch.float32)
+    K = nl.ntk(model, x, engine=engine).detach()
+    J = dense_jacobian(network(2), x.double())
+    A = J @ J.mT
+    # As solves leave them: what is along the largest eigenvectors is divided by their eigenvalues.
+    noise = 1e-6 * A.diagonal().mean()
+    B = torch.randn(2 * N, 4, generator=Generator().manual_seed(3), dtype=torch.float64)
+    X = torch.linalg.solve(A + noise * torch.eye(2 * N, dtype=torch.float64), B).float()
+    scale = torch.tensor(1.0, requires_grad=True)
+    (found,) = torch.autograd.grad((X * ((K * scale) @ X)).sum(), scale)
+    expected = (X.double() * (A @ X.double())).sum()
+    assert abs(float(found) - expected) < 1e-3 * expected
+
+
 class _Regression(gpytorch.models.ExactGP):
     def __init__(self, x: Tensor, y: Tensor, kernel: gpytorch.kernels.Kernel) -> None:
         super().__init__(x, y, gpytorch.likelihoods.GaussianLikelihood())
