@@ -60,14 +60,15 @@ def resident(key):
 def measure(job, N):
     K = nl.ntk(net, torch.randn(N, *shape), engine=engine, memory_budget=budget).detach()
     V = torch.randn(K.shape[0], 16)
-    job(small, few)  # brings in the pages of libraries, which a process does not get from its parent
     # What was let go must not count as held already: it would hide as much of what the product takes.
     ctypes.CDLL(None).malloc_trim(0)
     with open("/proc/self/clear_refs", "w") as peak:
         peak.write("5")
-    before = resident("VmRSS")
+    before, libraries = resident("VmRSS"), resident("RssFile")
     result = job(K, V)
-    print(resident("VmHWM") - before - result.nbytes, flush=True)
+    # A process maps the pages of libraries when it comes to them: its parent's do not count as its own.
+    libraries = resident("RssFile") - libraries
+    print(resident("VmHWM") - before - libraries - result.nbytes, flush=True)
 
 
 for what, N in (one.split(":") for one in asked):

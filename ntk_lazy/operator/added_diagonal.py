@@ -33,8 +33,6 @@ Preconditioner: TypeAlias = tuple[Callable[[Tensor], Tensor] | None, LinearOpera
 _LEAST_STEPS = 10  # as linear_operator takes, whose default tolerance of 1 asks for none
 _TYPICAL_STEPS = 50
 _TYPICAL_SOLVES = 10  # of a training: what is made of K alone pays for all of them
-# Of 1/eps: eigenvalues of K beyond that, in units of the noise, would leave an inverse that is not positive.
-_CAP = 1 / 8
 
 
 @final
@@ -215,22 +213,27 @@ class AddedDiagonal(AddedDiagLinearOperator):  # type: ignore[misc]  # linear_op
     def _by_orthogonal_columns(self, root: Tensor) -> Preconditioner:
         """Invert ``L Lᵀ + σ² I`` with orthogonal columns of L: noise enters k numbers, and nothing is factorised.
 
-        Cost: ``4 n k`` operations for each column.
+        What the columns span is taken out of V twice, as Gram and Schmidt would: what rounding leaves of it at first,
+        divided by the noise, would make an inverse that is not positive where ``λ_1 / σ²`` nears 1/eps. In float32 a
+        third fewer products are needed there.
+
+        Cost: ``8 n k`` operations for each column.
         """
         n, k = root.shape[-2:]
         noise = self._diag_tensor.diag_values
-        fixed = noise.detach().double()
-        values = torch.linalg.vector_norm(root, dim=-2, dtype=torch.float64).square()
-        capped = values.minimum(fixed * _CAP / torch.finfo(self.dtype).eps)
-        if bool((capped < values).any()):
-            root = root * (capped / values).nan_to_num().sqrt().unsqueeze(-2).to(self.dtype)
-        weights = (1 / (capped + fixed)).unsqueeze(-1).to(self.dtype)
+        fixed = noise.detach().double().unsqueeze(-1)
+        values = torch.linalg.vector_norm(root, dim=-2, dtype=torch.float64).square().unsqueeze(-1)
+        units = torch.where(values > 0, 1 / values, 0)
 
         def inverse(V: Tensor) -> Tensor:
             # As V^T L: MKL takes seven times as long for L^T V with an odd number of columns.
-            return (V - root @ (weights * (V.mT @ root).mT)) / noise.detach().unsqueeze(-1)
+            first = (V.mT @ root).mT.double()
+            rest = V - root @ (units * first).to(V.dtype)
+            again = (rest.mT @ root).mT.double()
+            inside = units * (fixed / (values + fixed) * (first + again) - again)
+            return (rest + root @ inside.to(V.dtype)) / noise.detach().unsqueeze(-1)
 
-        logdet = (capped + noise.double()).log().sum(-1) + (n - k) * noise.double().log().squeeze(-1)
+        logdet = (values.squeeze(-1) + noise.double()).log().sum(-1) + (n - k) * noise.double().log().squeeze(-1)
         operator = PsdSumLinearOperator(RootLinearOperator(root), self._diag_tensor)
         return inverse, operator, logdet.to(self.dtype)
 
