@@ -223,7 +223,7 @@ def test_convolutions_of_every_kind_have_factors(layer: nn.Module):
 @pytest.mark.parametrize("budget", [60_000, 10**9])
 @pytest.mark.parametrize("engine", ENGINES)
 def test_tiles_of_any_size_make_the_same_kernel(engine: str, budget: int, tile: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("ntk_lazy.engines.factors._TILE", tile)
+    monkeypatch.setattr("ntk_lazy.engines.factor_tiles._TILE", tile)
     torch.manual_seed(0)
     module = nn.Sequential(
         nn.Conv1d(2, 3, 3), nn.Tanh(), nn.Flatten(), nn.Linear(12, 5), nn.Tanh(), nn.Linear(5, 3)
