@@ -217,14 +217,9 @@ class PlannedEngine(Engine):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         if wrt or not is_same_view(x1, x2):
             return self.autodiff.bilinear_gradient(x1, x2, U, V, wrt=wrt)
-        # A gradient in the scale alone asks for q itself. From half products: of vectors that solves made, which have
-        # next to nothing of the largest eigenvectors, a whole product in float32 would lose it.
-        d, value = U.shape[1], torch.zeros((), dtype=torch.float64)
-        with torch.no_grad():
-            for columns in slices(d, max(1, self.chunks(x1.shape[0], max(1, 2 * d)).columns // 2)):
-                halves = self.half_gram(x1, torch.cat([U[:, columns], V[:, columns]], 1).detach())
-                value += halves.chunk(2, 1)[1].diagonal().sum()
-        return value.to(U), {}
+        # A gradient in the scale alone asks for q itself. From half products of layers: a K written down in float32
+        # would lose it, of vectors that solves made and that have next to nothing of the largest eigenvectors.
+        return self._try(self._layers, lambda engine: _bilinear(engine, x1, U, V)).to(U), {}
 
     @override
     def rows_gradient(self, x1: Tensor, x2: Tensor, G: GramMatrix, *, wrt: set[str]) -> dict[str, Tensor]:
@@ -288,6 +283,16 @@ class PlannedEngine(Engine):
             return engine.chunks(num_examples, columns).bytes
         except BudgetError:
             return None
+
+
+def _bilinear(engine: Engine, x: Tensor, U: Block, V: Block) -> Tensor:
+    """Return ``sum_d u_dᵀ J Jᵀ v_d``, from both half products at once."""
+    d, value = U.shape[1], torch.zeros((), dtype=torch.float64)
+    with torch.no_grad():
+        for columns in slices(d, max(1, engine.chunks(x.shape[0], max(1, 2 * d)).columns // 2)):
+            halves = engine.half_gram(x, torch.cat([U[:, columns], V[:, columns]], 1).detach())
+            value += halves.chunk(2, 1)[1].diagonal().sum()
+    return value
 
 
 def ranked(alternatives: list[Alternative]) -> tuple[Alternative, ...]:
