@@ -343,7 +343,7 @@ def _sines(first: Tensor, second: Tensor, coefficients: Tensor, whiten_second: T
     """Return the sines of the angles, ascending: singular values of what the first space leaves of the second."""
     # A running triangular factor, not a Gram matrix: that would lose the sines below 1e-8.
     triangle = torch.zeros(0, second.shape[1], dtype=torch.float64, device=second.device)
-    for tile in row_tiles(second.shape[0], first.shape[1] + second.shape[1]):
+    for tile in row_tiles(second.shape[0], first.shape[1] + second.shape[1], device=second.device):
         rest = second[tile].double() @ whiten_second.mT.to(second.device)
         rest -= (first[tile].double() @ coefficients.to(first.device)).to(second.device)
         triangle = torch.linalg.qr(torch.cat([triangle, rest]), mode="r").R

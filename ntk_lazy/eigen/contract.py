@@ -233,7 +233,7 @@ def _check_square(shape: tuple[int, ...]) -> None:
 def _check_entries(matrix: Tensor) -> None:
     """Refuse a tensor that is not finite or not symmetric, tile by tile."""
     largest = defect = 0.0
-    for tile in row_tiles(matrix.shape[0], matrix.shape[1]):
+    for tile in row_tiles(matrix.shape[0], matrix.shape[1], device=matrix.device):
         piece = matrix[tile]
         if not bool(torch.isfinite(piece).all()):
             raise NonFiniteError("A contains NaN or infinity.")

@@ -22,6 +22,7 @@ from ntk_lazy.outputs import OutputLayout
 _KEPT_SHARE = 0.5  # of the budget: factors that stay while a product, or a series of them, runs
 _ANY_NUMBER = 1 << 62
 _PASS_SHARE = 0.25  # of the budget: a forward and a backward pass
+_PASS_SETS = 2  # working sets of one: twice the examples take a fifth off a transformer, whose operations are many
 
 
 Chunked: TypeAlias = Callable[[], Iterable[Chunk]]  # goes through all chunks, as often as it is called
@@ -150,7 +151,7 @@ class FactorStore:
         """Examples that go through the model at once."""
         one = max(1, self.transient(1) + self.bytes_per_example)
         require(one, self.budget, "one example")
-        room = min(self.budget * _PASS_SHARE, working_set(self.model.device.type))
+        room = min(self.budget * _PASS_SHARE, _PASS_SETS * working_set(self.model.device.type))
         fits = max(1, int(room // one))
         return min(num_examples, self._asked_size or fits)
 

@@ -73,7 +73,7 @@ class Basis:
     def rotate_(self, S: Float64[Tensor, "m j"]) -> None:
         """Replace the columns by ``V S`` in place, tile by tile of rows; ``j`` may be smaller than ``m``."""
         small = S.mT.to(self._store.device)
-        for tile in row_tiles(self._store.shape[1], self._size + S.shape[1]):
+        for tile in row_tiles(self._store.shape[1], self._size + S.shape[1], device=small.device):
             self._store[: S.shape[1], tile] = (small @ self._store[: self._size, tile].double()).to(self._store.dtype)
         self._size = S.shape[1]
         if self._has_gram:

@@ -65,7 +65,7 @@ def nystrom_root(
 
     def whitened() -> Iterator[tuple[slice, Tensor]]:
         """Rows of ``B = (Y + shift Omega) C^-T``, with ``K ≈ B Bᵀ``, in float64."""
-        for tile in row_tiles(n, 3 * rank):
+        for tile in row_tiles(n, 3 * rank, device=Y.device):
             shifted = Y[..., tile, :].double() + shift * Omega[tile].double()
             yield tile, torch.linalg.solve_triangular(C.mT, shifted, upper=True, left=False)
 
@@ -97,7 +97,7 @@ def extended_root(matmul: Callable[[Tensor], Tensor], root: Float[Tensor, "*batc
         return out.fill_(torch.nan)
 
     def joined() -> Iterator[tuple[slice, Tensor]]:
-        for tile in row_tiles(n, 3 * rank):
+        for tile in row_tiles(n, 3 * rank, device=root.device):
             yield tile, torch.cat([root[..., tile, :], more[..., tile, :]], -1).double()
 
     # Where nothing was left, columns are rounding.
@@ -144,7 +144,7 @@ def _rounding(size: Tensor, n: int) -> Tensor:
 def _gram(X: Tensor, Y: Tensor) -> Tensor:
     """Return ``Xᵀ Y``, summed in float64."""
     total = torch.zeros(*Y.shape[:-2], X.shape[-1], Y.shape[-1], dtype=torch.float64, device=Y.device)
-    for tile in row_tiles(Y.shape[-2], X.shape[-1] + Y.shape[-1]):
+    for tile in row_tiles(Y.shape[-2], X.shape[-1] + Y.shape[-1], device=Y.device):
         left = X[..., tile, :].double()
         total += left.mT @ (left if X is Y else Y[..., tile, :].double())
     return total

@@ -18,11 +18,18 @@ from ntk_lazy.rows import Rows
 
 TILE_BYTES = 1 << 24
 """Most bytes of one float64 tile; two of them are alive at a time."""
+# On a CPU a tile is made, read and forgotten in cache: half as fast again. The sum over wide tiles is read from memory
+# for each of them: a tile has some rows in any case.
+_CACHED_BYTES = 1 << 21
+_LEAST_ROWS = 1024
 
 
-def row_tiles(num_rows: int, num_columns: int) -> Iterator[slice]:
+def row_tiles(num_rows: int, num_columns: int, *, device: torch.device) -> Iterator[slice]:
     """Cut the rows so that a float64 tile of this many columns stays under ``TILE_BYTES``."""
-    height = max(1, TILE_BYTES // (8 * max(1, num_columns)))
+    row_bytes = 8 * max(1, num_columns)
+    height = max(1, TILE_BYTES // row_bytes)
+    if device.type == "cpu":
+        height = min(height, max(_LEAST_ROWS, _CACHED_BYTES // row_bytes))
     for begin in range(0, num_rows, height):
         yield slice(begin, min(begin + height, num_rows))
 
@@ -39,7 +46,7 @@ def gram(X: Float[Tensor, "n a"], Y: Float[Tensor, "n b"] | None = None, *, rows
     """
     right = X if Y is None else Y
     total = torch.zeros(X.shape[1], right.shape[1], dtype=torch.float64, device=X.device)
-    for tile in row_tiles(X.shape[0], X.shape[1] + right.shape[1]):
+    for tile in row_tiles(X.shape[0], X.shape[1] + right.shape[1], device=X.device):
         left_tile = X[tile].double()
         right_tile = left_tile if Y is None else right[tile].double()
         total.addmm_(left_tile.mT, right_tile)
@@ -49,7 +56,7 @@ def gram(X: Float[Tensor, "n a"], Y: Float[Tensor, "n b"] | None = None, *, rows
 def column_norms(X: Float[Tensor, "n k"], *, rows: Rows) -> Float64[Tensor, " k"]:
     """Measure every column in float64, on the CPU; squares of float32 numbers cannot overflow there."""
     total = torch.zeros(X.shape[1], dtype=torch.float64, device=X.device)
-    for tile in row_tiles(X.shape[0], X.shape[1]):
+    for tile in row_tiles(X.shape[0], X.shape[1], device=X.device):
         total += X[tile].double().square().sum(dim=0)
     return rows.sum(total).sqrt().cpu()
 
@@ -61,7 +68,7 @@ def combine(X: Float[Tensor, "n a"], S: Float64[Tensor, "a b"]) -> Float[Tensor,
     """
     small = S.to(X.device)
     result = torch.empty(X.shape[0], S.shape[1], dtype=X.dtype, device=X.device)
-    for tile in row_tiles(X.shape[0], X.shape[1] + S.shape[1]):
+    for tile in row_tiles(X.shape[0], X.shape[1] + S.shape[1], device=X.device):
         result[tile] = X[tile].double() @ small
     return result
 
@@ -69,5 +76,5 @@ def combine(X: Float[Tensor, "n a"], S: Float64[Tensor, "a b"]) -> Float[Tensor,
 def subtract_(W: Float[Tensor, "n b"], X: Float[Tensor, "n a"], S: Float64[Tensor, "a b"]) -> None:
     """Replace ``W`` by ``W − X S`` in place, summed in float64 and rounded once."""
     small = S.to(X.device)
-    for tile in row_tiles(X.shape[0], X.shape[1] + S.shape[1]):
+    for tile in row_tiles(X.shape[0], X.shape[1] + S.shape[1], device=X.device):
         W[tile] = W[tile].double().addmm_(X[tile].double(), small, alpha=-1)
