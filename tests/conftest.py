@@ -12,6 +12,8 @@ from jaxtyping import install_import_hook
 # Before the first import of the package: the shapes that it declares are then checked at every call.
 install_import_hook("ntk_lazy", "shape_checker.check_shapes")
 
+from case import Case  # noqa: E402
+
 # Small tensors are faster on one thread, and sums then come out the same on every machine.
 torch.set_num_threads(1)
 
@@ -46,8 +48,15 @@ def usual_settings(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(setting, name, value)
 
 
+def _module_of_the_zoo(item: pytest.Item) -> str:
+    case = item.callspec.params.get("case") if hasattr(item, "callspec") else None
+    return case.name if isinstance(case, Case) else ""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip the tests that need a GPU where there is none, and say so."""
+    """Bring the tests of a module of the zoo together, and skip those that need a GPU where there is none."""
+    # Processes take their tests in this order: what is made once for a module is then made by one or two of them.
+    items.sort(key=_module_of_the_zoo)
     if torch.cuda.is_available():
         return
     for item in items:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import pytest
 import torch
 from case import Case
 from modules import Through
 from oracle import defect, dense_jacobian, dense_kernel
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from zoo import RIGHT
+from zoo_kernels import N, checked, columns, jacobian, kernel
 
 import ntk_lazy as nl
 from ntk_lazy.engines.uses import Outer
@@ -24,43 +23,11 @@ right = pytest.mark.parametrize("case", [case for case in RIGHT if case.name not
 every_engine = pytest.mark.parametrize("engine", ENGINES)
 
 
-@cache
-def jacobian(case: Case, n: int, seed: int = 0) -> Tensor:
-    """Return the dense Jacobian of a case, computed once."""
-    module = case.module()
-    return dense_jacobian(module, case.inputs(n, seed), names=case.parameter_names(module), output_fn=case.output_fn)
-
-
-@cache
-def checked(case: Case) -> nl.NTKLinearOperator:
-    """Return the kernel of a case as ``ntk`` makes it."""
-    return make(case)
-
-
-def make(case: Case, **options: object) -> nl.NTKLinearOperator:
-    """Make the kernel of a case on five points."""
-    params = None if case.params is None else list(case.params)
-    return nl.ntk(case.module(), case.inputs(5), params=params, output_fn=case.output_fn, **options)
-
-
-def kernel(case: Case, engine: str, **options: object) -> nl.NTKLinearOperator:
-    """Make it for one engine, without another check of the model."""
-    preflight = checked(case).explain().preflight
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ntk_lazy.kernel.check", lambda model, x: preflight)
-        return make(case, engine=engine, **options)
-
-
-def columns(rows: int, k: int, dtype: torch.dtype) -> Tensor:
-    """Draw a block."""
-    return torch.randn(rows, k, generator=Generator().manual_seed(k), dtype=torch.float64).to(dtype)
-
-
 @right
 @every_engine
 def test_products_of_every_engine_equal_those_of_the_dense_kernel(case: Case, engine: str):
-    J, J2 = jacobian(case, 5), jacobian(case, 3, seed=1)
-    K = kernel(case, engine, chunk_size=2)
+    J, J2 = jacobian(case), jacobian(case, 3, seed=1)
+    K = kernel(case, engine=engine, chunk_size=2)
     V = columns(J.shape[0], 3, K.dtype)
     expected = J @ (J.mT @ V.double())
     assert defect(K @ V, expected) < case.tolerance
@@ -70,7 +37,7 @@ def test_products_of_every_engine_equal_those_of_the_dense_kernel(case: Case, en
     assert defect(K.half_gram(V), V.double().mT @ expected) < case.tolerance
     assert defect(K.diagonal(), J.square().sum(1)) < case.tolerance
     assert defect(K.to_dense(), J @ J.mT) < case.tolerance
-    other = K.at(case.inputs(5), case.inputs(3, seed=1))
+    other = K.at(case.inputs(N), case.inputs(3, seed=1))
     V = columns(J2.shape[0], 2, K.dtype)
     assert defect(other @ V, J @ (J2.mT @ V.double())) < case.tolerance
     assert defect(other.to_dense(), J @ J2.mT) < case.tolerance
@@ -79,10 +46,10 @@ def test_products_of_every_engine_equal_those_of_the_dense_kernel(case: Case, en
 @right
 @pytest.mark.parametrize("outputs", ["trace", "sum", -1])
 def test_output_modes_of_factors_equal_their_formulas(case: Case, outputs: str | int):
-    J = jacobian(case, 5)
-    dense = dense_kernel(J, J, J.shape[0] // 5, outputs)
-    K = kernel(case, "factors", chunk_size=3, outputs=outputs)
-    V = columns(5, 2, K.dtype)
+    J = jacobian(case)
+    dense = dense_kernel(J, J, J.shape[0] // N, outputs)
+    K = kernel(case, engine="factors", chunk_size=3, outputs=outputs)
+    V = columns(N, 2, K.dtype)
     assert defect(K @ V, dense @ V.double()) < case.tolerance
     assert defect(K.to_dense(), dense) < case.tolerance
     W = columns(K.num_features, 2, K.dtype)
@@ -93,8 +60,8 @@ def test_output_modes_of_factors_equal_their_formulas(case: Case, outputs: str |
 @pytest.mark.parametrize("by_example", [True, False])
 def test_both_contractions_of_the_factors_agree(case: Case, by_example: bool, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(Outer, "_is_by_example", lambda self, k: by_example)
-    J = jacobian(case, 5)
-    K = kernel(case, "factors")
+    J = jacobian(case)
+    K = kernel(case, engine="factors")
     V = columns(J.shape[0], 3, K.dtype)
     assert defect(K @ V, J @ (J.mT @ V.double())) < case.tolerance
 
@@ -102,8 +69,8 @@ def test_both_contractions_of_the_factors_agree(case: Case, by_example: bool, mo
 @right
 def test_factors_that_do_not_fit_are_made_anew(case: Case, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("ntk_lazy.engines.factor_store.FactorStore.keeps", lambda self, n: False)
-    J = jacobian(case, 5)
-    K = kernel(case, "factors", chunk_size=2)
+    J = jacobian(case)
+    K = kernel(case, engine="factors", chunk_size=2)
     V = columns(J.shape[0], 3, K.dtype)
     assert defect(K @ V, J @ (J.mT @ V.double())) < case.tolerance
     assert defect(K.half_gram(V), V.double().mT @ J @ J.mT @ V.double()) < case.tolerance
@@ -130,12 +97,12 @@ def test_all_parameters_have_factors_where_rules_reach(case: Case):
 @pytest.mark.parametrize("name", sorted(ROUTED))
 def test_examples_that_are_routed_go_to_automatic_differentiation(name: str):
     (case,) = [case for case in RIGHT if case.name == name]
-    J = jacobian(case, 5)
+    J = jacobian(case)
     V = columns(J.shape[0], 2, torch.float64)
     with pytest.raises(nl.UnsupportedModuleError, match="autodiff"):
-        kernel(case, "factors") @ V
+        kernel(case, engine="factors") @ V
     # A row of J in the planned engine takes factors first, finds that they fail, and starts again.
-    K = kernel(case, "auto")
+    K = kernel(case, engine="auto")
     assert defect(K.jacobian_rmatmul(V), J.mT @ V) < case.tolerance
     assert defect(K @ V, J @ (J.mT @ V)) < case.tolerance
 

@@ -2,50 +2,21 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import pytest
 import torch
 from case import Case
 from oracle import defect, dense_jacobian, dense_kernel
 from torch import Tensor, nn
 from zoo import RIGHT
+from zoo_kernels import N, jacobian, kernel
 
 import ntk_lazy as nl
 
-N = 5
 ENGINES = ("autodiff", "factors", "gram", "auto")
 WAYS = ("tiles", "products", "pairs")
 ROUTED = {"mixture of experts"}  # experts that the first examples do not reach
 right = pytest.mark.parametrize("case", [case for case in RIGHT if case.name not in ROUTED], ids=str)
 every_engine = pytest.mark.parametrize("engine", ENGINES)
-
-
-@cache
-def jacobian(case: Case, n: int, seed: int = 0) -> Tensor:
-    """Return the dense Jacobian of a case, computed once."""
-    module = case.module()
-    return dense_jacobian(module, case.inputs(n, seed), names=case.parameter_names(module), output_fn=case.output_fn)
-
-
-@cache
-def checked(case: Case) -> nl.NTKLinearOperator:
-    """Return the kernel of a case as ``ntk`` makes it."""
-    return make(case)
-
-
-def make(case: Case, **options: object) -> nl.NTKLinearOperator:
-    """Make the kernel of a case."""
-    params = None if case.params is None else list(case.params)
-    return nl.ntk(case.module(), case.inputs(N), params=params, output_fn=case.output_fn, **options)
-
-
-def kernel(case: Case, **options: object) -> nl.NTKLinearOperator:
-    """Make it for one engine, without another check of the model."""
-    preflight = checked(case).explain().preflight
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ntk_lazy.kernel.check", lambda model, x: preflight)
-        return make(case, **options)
 
 
 def force(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,7 +48,7 @@ def assert_entries(K: nl.NTKLinearOperator, dense: Tensor, tolerance: float) -> 
 
 @right
 def test_entries_from_factors_equal_those_of_the_dense_kernel_in_every_way(case: Case, monkeypatch: pytest.MonkeyPatch):
-    J, J2 = jacobian(case, N), jacobian(case, 3, seed=1)
+    J, J2 = jacobian(case), jacobian(case, 3, seed=1)
     K = kernel(case, engine="factors", chunk_size=3)
     for way in WAYS:
         force(way, monkeypatch)

@@ -2,54 +2,19 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import pytest
 import torch
 from case import Case
 from oracle import defect, dense_jacobian, dense_kernel
-from torch import Generator, Tensor
+from torch import Generator
 from zoo import REFUSED, RIGHT
+from zoo_kernels import N, checked, columns, jacobian, kernel, make
 
 import ntk_lazy as nl
 
 SIZES = (1, 5, 17)
 CHUNKS = (1, 4)
 right = pytest.mark.parametrize("case", RIGHT, ids=str)
-
-
-@cache
-def jacobian(case: Case, n: int, seed: int = 0) -> Tensor:
-    """Return the dense Jacobian of a case, computed once."""
-    module = case.module()
-    names = case.parameter_names(module)
-    return dense_jacobian(module, case.inputs(n, seed), names=names, output_fn=case.output_fn)
-
-
-def make(case: Case, n: int, **options: object) -> nl.NTKLinearOperator:
-    """Make the lazy kernel of a case."""
-    params = None if case.params is None else list(case.params)
-    return nl.ntk(case.module(), case.inputs(n), params=params, output_fn=case.output_fn, **options)
-
-
-@cache
-def checked(case: Case) -> nl.NTKLinearOperator:
-    """Return the lazy kernel of a case on five points, made by ``ntk`` from end to end."""
-    return make(case, 5)
-
-
-@cache
-def kernel(case: Case, chunk_size: int = 2, outputs: str | int = "full") -> nl.NTKLinearOperator:
-    """Return the same in another way; the check, which sees neither chunks nor the output mode, is not repeated."""
-    preflight = checked(case).explain().preflight
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ntk_lazy.kernel.check", lambda model, x: preflight)
-        return make(case, 5, chunk_size=chunk_size, outputs=outputs)
-
-
-def columns(K: nl.NTKLinearOperator, k: int) -> Tensor:
-    """Draw a block that K may multiply."""
-    return torch.randn(K.shape[-1], k, generator=Generator().manual_seed(k), dtype=torch.float64).to(K.dtype)
 
 
 def num_outputs(case: Case) -> int:
@@ -73,17 +38,17 @@ def test_products_equal_those_of_the_dense_kernel(case: Case, n: int):
 @right
 @pytest.mark.parametrize("chunk_size", CHUNKS)
 def test_every_chunking_gives_the_same_product(case: Case, chunk_size: int):
-    J = jacobian(case, 5)
-    K = kernel(case, chunk_size)
-    V = columns(K, 4)
+    J = jacobian(case)
+    K = kernel(case, chunk_size=chunk_size)
+    V = columns(K.shape[-1], 4, K.dtype)
     assert defect(K @ V, J @ (J.mT @ V.double())) < case.tolerance
 
 
 @right
 def test_factors_multiply_like_the_jacobian(case: Case):
-    J = jacobian(case, 5)
-    K = kernel(case)
-    V = columns(K, 3)
+    J = jacobian(case)
+    K = kernel(case, chunk_size=2)
+    V = columns(K.shape[-1], 3, K.dtype)
     W = torch.randn(J.shape[1], 3, generator=Generator().manual_seed(0), dtype=torch.float64).to(K.dtype)
     assert defect(K.jacobian_rmatmul(V), J.mT @ V.double()) < case.tolerance
     assert defect(K.jacobian_matmul(W), J @ W.double()) < case.tolerance
@@ -92,9 +57,9 @@ def test_factors_multiply_like_the_jacobian(case: Case):
 
 @right
 def test_diagonal_dense_and_entries_equal_those_of_the_dense_kernel(case: Case):
-    J = jacobian(case, 5)
+    J = jacobian(case)
     dense = J @ J.mT
-    K = kernel(case)
+    K = kernel(case, chunk_size=2)
     n = dense.shape[0]
     assert defect(K.diagonal(), dense.diagonal()) < case.tolerance
     assert defect(K.to_dense(), dense) < case.tolerance
@@ -112,11 +77,11 @@ def test_diagonal_dense_and_entries_equal_those_of_the_dense_kernel(case: Case):
 @right
 @pytest.mark.parametrize("outputs", ["trace", "sum", -1])
 def test_every_output_mode_equals_its_dense_formula(case: Case, outputs: str | int):
-    J = jacobian(case, 5)
+    J = jacobian(case)
     dense = dense_kernel(J, J, num_outputs(case), outputs)
-    K = kernel(case, outputs=outputs)
-    V = columns(K, 2)
-    assert K.shape == (5, 5)
+    K = kernel(case, chunk_size=2, outputs=outputs)
+    V = columns(K.shape[-1], 2, K.dtype)
+    assert K.shape == (N, N)
     assert defect(K @ V, dense @ V.double()) < case.tolerance
     assert defect(K.diagonal(), dense.diagonal()) < case.tolerance
     assert defect(K.to_dense(), dense) < case.tolerance
@@ -124,13 +89,13 @@ def test_every_output_mode_equals_its_dense_formula(case: Case, outputs: str | i
 
 @right
 def test_rectangular_kernels_and_kernels_at_other_points_equal_the_dense_ones(case: Case):
-    J1, J2 = jacobian(case, 5), jacobian(case, 3, seed=1)
+    J1, J2 = jacobian(case), jacobian(case, 3, seed=1)
     others = case.inputs(3, seed=1)
-    K = kernel(case).at(case.inputs(5), others)
-    V = columns(K, 2)
+    K = kernel(case, chunk_size=2).at(case.inputs(N), others)
+    V = columns(K.shape[-1], 2, K.dtype)
     assert defect(K @ V, J1 @ (J2.mT @ V.double())) < case.tolerance
     assert defect(K.mT.to_dense(), J2 @ J1.mT) < case.tolerance
-    assert defect(kernel(case).at(others).to_dense(), J2 @ J2.mT) < case.tolerance
+    assert defect(kernel(case, chunk_size=2).at(others).to_dense(), J2 @ J2.mT) < case.tolerance
 
 
 @pytest.mark.parametrize("case", REFUSED, ids=str)
@@ -180,10 +145,10 @@ def test_padding_is_left_out_of_the_kernel_even_if_the_first_examples_have_none(
 @pytest.mark.gpu
 @right
 def test_products_on_a_gpu_equal_those_of_the_dense_kernel(case: Case):
-    J = jacobian(case, 5)
+    J = jacobian(case)
     params = None if case.params is None else list(case.params)
-    K = nl.ntk(case.module().cuda(), case.inputs(5).cuda(), params=params, output_fn=case.output_fn, chunk_size=2)
-    V = columns(K, 3)
+    K = nl.ntk(case.module().cuda(), case.inputs(N).cuda(), params=params, output_fn=case.output_fn, chunk_size=2)
+    V = columns(K.shape[-1], 3, K.dtype)
     dense = J @ J.mT
     assert defect((K @ V.cuda()).cpu(), dense @ V.double()) < case.tolerance
     assert defect(K.diagonal().cpu(), dense.diagonal()) < case.tolerance

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import gpytorch
 import pytest
 import torch
@@ -80,11 +82,13 @@ def test_the_marginal_likelihood_of_tasks_trains_by_products():
     assert defect(gradients[1], gradients[0]) < 1e-2
 
 
-def test_a_fantasy_is_the_posterior_with_one_more_point():
+@pytest.mark.parametrize("is_big", [False, True])
+def test_a_fantasy_is_the_posterior_with_one_more_point(is_big: bool):
     x, y, z = draw(50, 3), draw(50, seed=2), draw(6, 3, seed=4)
     new_x, new_y = draw(1, 3, seed=5), draw(1, seed=6)
     gp = Model(x, y, NTKKernel(network())).eval()
-    with torch.no_grad():
+    by_products = big_data(prediction_rtol=1e-9, variance_rank=60) if is_big else nullcontext()
+    with torch.no_grad(), by_products:
         _ = gp(z).mean
         fantasy = gp.get_fantasy_model(new_x, new_y)(z)
         again = Model(torch.cat([x, new_x]), torch.cat([y, new_y]), NTKKernel(network())).eval()(z)
