@@ -2,7 +2,8 @@
 
 The BLAS of a torch wheel is not always the fastest product in it: on AMD processors MKL stays with AVX2, where oneDNN,
 which torch uses for linear layers in bfloat16, reaches one and a half to two and a half times its rate in plain
-float32. Which route is faster is measured once in a process, and a route that is not accurate is never used.
+float32, and with few columns, where a product should cost no more than reading the matrix, three times. Which route is
+faster is measured once in a process for each kind of shape, and a route that is not accurate is never used.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ from ntk_lazy.precision import ieee_precision
 Route: TypeAlias = Callable[[Tensor, Tensor], Tensor]  # from A and B to A Bᵀ
 
 _LEAST_WORK = 1 << 20  # multiplications from which the overhead of choosing does not show
+_NARROW = 32  # columns up to which a product is bound by memory
 _REPEATS = 5
 _CHECKED_ROWS = 64  # of a product that is compared with float64
 _PIECE_BYTES = 16 << 20
 
 
-def times_transposed(A: Float[Tensor, "m i"], B: Float[Tensor, "n i"]) -> Float[Tensor, "m n"]:
+def times_transposed(A: Float[Tensor, "*batch m i"], B: Float[Tensor, "*batch n i"]) -> Float[Tensor, "*batch m n"]:
     """Return ``A Bᵀ``; builds no graph."""
     return _route(A, B, is_tall=False)(A, B)
 
@@ -56,7 +58,9 @@ def by_blas(A: Tensor, B: Tensor) -> Tensor:
 
 def by_onednn(A: Tensor, B: Tensor) -> Tensor:
     """Multiply by oneDNN's product; float32 on CPUs."""
-    return torch.ops.mkldnn._linear_pointwise(_dense(A), _dense(B), None, "none", [], "")
+    # A few rows are copied; the numbers of each must then lie side by side.
+    A = A.contiguous() if A.shape[0] <= _NARROW else _dense(A)
+    return torch.ops.mkldnn._linear_pointwise(A, _dense(B), None, "none", [], "")
 
 
 def _dense(A: Tensor) -> Tensor:
@@ -65,15 +69,24 @@ def _dense(A: Tensor) -> Tensor:
 
 
 def _route(A: Tensor, B: Tensor, *, is_tall: bool) -> Route:
-    is_candidate = A.dtype == torch.float32 and A.device.type == "cpu" and A.numel() * B.shape[0] >= _LEAST_WORK
-    return _fastest(is_tall, torch.get_num_threads()) if is_candidate else by_blas
+    is_candidate = A.dtype == torch.float32 and A.device.type == "cpu" and A.ndim == B.ndim == 2
+    if not is_candidate or A.numel() * B.shape[0] < _LEAST_WORK:
+        return by_blas
+    return _fastest(is_tall, min(A.shape[0], B.shape[0]) <= _NARROW, torch.get_num_threads())
 
 
 @cache
-def _fastest(is_tall: bool, num_threads: int) -> Route:
-    """Time both routes on a product like those of layers, long sums or short ones. Cost: below 50 ms."""
+def _fastest(is_tall: bool, is_narrow: bool, num_threads: int) -> Route:
+    """Time both routes on a product like those of layers, long sums or short ones, or with few columns.
+
+    Cost: below 50 ms.
+    """
     left, right = (torch.arange(size * 1024, dtype=torch.float32).sin().view(1024, size) for size in (1024, 256))
-    A, B = (left.mT, right.mT) if is_tall else (right, left[:, :256].contiguous())
+    few = left[:, : _NARROW // 2]
+    if is_tall:
+        A, B = (few if is_narrow else left).mT, (left if is_narrow else right).mT
+    else:
+        A, B = (left, few.mT.contiguous()) if is_narrow else (right, left[:, :256].contiguous())
     with torch.no_grad(), ieee_precision():
         accurate = [route for route in (by_blas, by_onednn) if _is_accurate(route, A, B)]
         return min(accurate, key=lambda route: _seconds(route, A, B), default=by_blas)

@@ -6,7 +6,16 @@ import torch
 from ntk_lazy.gemm import add_gram_, by_blas, by_onednn, times_transposed
 from ntk_lazy.precision import ieee_precision
 
-SHAPES = [(1, 1, 1), (300, 256, 70), (1024, 3, 500), (1, 4096, 300), (700, 512, 1), (129, 1025, 33)]
+SHAPES = [
+    (1, 1, 1),
+    (300, 256, 70),
+    (1024, 3, 500),
+    (1, 4096, 300),
+    (700, 512, 1),
+    (129, 1025, 33),
+    (2000, 700, 11),
+    (11, 700, 2000),
+]
 
 
 def bound(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
@@ -43,3 +52,10 @@ def test_products_and_sums_agree_with_float64(dtype, m, i, n):
     assert ((found - A.double() @ B.double().mT).abs() <= bound(A, B)).all()
     allowed = bound(D.mT, A.mT) + 2 * torch.finfo(dtype).eps * W.abs()
     assert ((total - W - D.double().mT @ A.double()).abs() <= 2 * allowed).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_products_of_batches_are_those_of_their_matrices(dtype):
+    A, B = torch.randn(3, 200, 90, dtype=dtype), torch.randn(3, 70, 90, dtype=dtype)
+    for found, one, two in zip(times_transposed(A, B), A, B, strict=True):
+        assert ((found - one.double() @ two.double().mT).abs() <= bound(one, two)).all()
