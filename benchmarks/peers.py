@@ -225,13 +225,21 @@ def measure_all(chosen: list[Measure], pythons: dict[str, str], threads: int) ->
                 yield row
 
 
+def processor() -> str:
+    """What the processor is called, where Linux says so."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
 def machine(pythons: dict[str, str], threads: int) -> dict[str, Any]:
     """What was measured on, with the rate of matrix products by each route that was there."""
     from ntk_lazy.engines.rates import machine_rates
 
     torch.set_num_threads(threads)
     found: dict[str, Any] = {
-        "processor": platform.processor() or platform.machine(),
+        "processor": processor(),
         "threads": threads,
         "python": platform.python_version(),
         "ntk_lazy": metadata.version("ntk-lazy"),

@@ -50,11 +50,17 @@ def markdown(results: dict[str, Any]) -> str:
         "with plain `torch.func` in float64 before its time counted. A ReLU network differs by up to 1e-3 in float32, "
         "where rounding takes an input across zero, in each library elsewhere: as much as `torch.func` itself differs "
         "in float32 is allowed for. Compare lines of one table with each other, and nothing with another machine.\n",
-        f"{about['threads']} threads, torch {about['torch']}, Python {about['python']}. Float32 matrix products of "
-        f"2048 rows at the start, in GFLOP/s: {rates}.\n",
+        f"{about['processor']}, {about['threads']} threads, torch {about['torch']}, Python {about['python']}. "
+        f"Float32 matrix products of 2048 rows at the start, in GFLOP/s: {rates}.\n",
         "## What was asked\n",
         "| case | |\n|---|---|",
         *[f"| {text} | {'met' if met else '**missed**'} |" for met, text in _bars(results)],
+        "\n## How far from the floor\n",
+        "Operations that a job cannot do without, at the best rate of matrix products that any library showed at the "
+        "start. Passes through the model, which are not counted, take half of a dense kernel of the cnn or the "
+        "transformer; tiles of K have 256 terms to a sum, and do not reach the rate of long ones.\n",
+        "| job | operations | seconds at that rate | ntk_lazy | best peer |\n|---|---|---|---|---|",
+        *_floors(results),
         "\n## All measures\n",
         "`first` includes making the kernel and whatever is kept afterwards, or compiled; memory is the peak beyond "
         "what the process held with its libraries and data loaded.\n",
@@ -83,13 +89,53 @@ def _cells(row: Row) -> str:
     return f"{head} {row['seconds']:.3f} | {a_column} | {row['first_seconds']:.2f} | {memory} | {row['error']:.0e} |"
 
 
-def _bars(results: dict[str, Any]) -> Iterator[tuple[bool, str]]:
+def _found(results: dict[str, Any]) -> Callable[[str, str, int, int], dict[str, Row]]:
+    """Look up the rows of a job, by tool."""
     rows = [row for row in results["rows"] if "failure" not in row]
 
     def of(case: str, task: str, n: int, k: int) -> dict[str, Row]:
         wanted = (case, task, n, k)
         return {r["tool"]: r for r in rows if (r["case"], r["task"], r["num_examples"], r["k"]) == wanted}
 
+    return of
+
+
+def _floors(results: dict[str, Any]) -> Iterator[str]:
+    """Count what the jobs cannot do without, and put their times beside it."""
+    of = _found(results)
+
+    def half_of_kernel(n: int, terms: int) -> float:
+        return float(n * n * terms)
+
+    # Inputs and gradients of its six layers; rows of J for the others.
+    mlp = half_of_kernel(10_000, (2 + 5 * 256) + (5 * 256 + 1))
+    jobs: list[tuple[str, str, int, int, Callable[[Row], float]]] = [
+        ("mlp", "dense", 10_000, 0, lambda row: mlp),
+        # Eight columns are multiplied afresh, by the layers.
+        (
+            "mlp",
+            "eigen",
+            10_000,
+            200,
+            lambda row: mlp + 2.0 * 10_000**2 * (row["columns"] - 8) + 8 * 4.0 * 10_000 * row["num_params"],
+        ),
+        ("mlp", "product", 50_000, 32, lambda row: 4.0 * 50_000 * row["num_params"] * 32),
+        ("mlp", "eigen", 273_280, 20, lambda row: 4.0 * 273_280 * row["num_params"] * row["columns"]),
+        ("cnn", "dense", 2_000, 0, lambda row: half_of_kernel(2_000, row["num_params"])),
+        ("transformer", "dense", 2_000, 0, lambda row: half_of_kernel(2_000, row["num_params"])),
+    ]
+    for case, task, n, k, operations in jobs:
+        found = of(case, task, n, k)
+        ours = found.pop("ntk_lazy", None)
+        if ours is not None:
+            peer = min((row["seconds"] for row in found.values()), default=None)
+            count = operations(ours)
+            least, best = count / rate(results), "" if peer is None else f"{peer:.1f} s"
+            yield f"| {ours['measure']} | {count:.1e} | {least:.1f} s | {ours['seconds']:.1f} s | {best} |"
+
+
+def _bars(results: dict[str, Any]) -> Iterator[tuple[bool, str]]:
+    of = _found(results)
     found = of("mlp", "eigen", 10_000, 200)
     if len(found) > 1:
         ours, peer = found.pop("ntk_lazy"), min(found.values(), key=lambda r: r["seconds"])
