@@ -31,7 +31,7 @@ def test_products_equal_those_of_the_dense_kernel(case: Case, n: int):
     assert K.shape == (J.shape[0], J.shape[0])
     assert K.num_params == J.shape[1]
     for k in (1, 3):
-        V = columns(K, k)
+        V = columns(K.shape[-1], k, K.dtype)
         assert defect(K @ V, J @ (J.mT @ V.double())) < case.tolerance
 
 
