@@ -28,7 +28,7 @@ _CHECKED_ROWS = 64  # of a product that is compared with float64
 _PIECE_BYTES = 16 << 20
 
 
-def times_transposed(A: Float[Tensor, "*batch m i"], B: Float[Tensor, "*batch n i"]) -> Float[Tensor, "*batch m n"]:
+def times_transposed(A: Float[Tensor, "*#batch m i"], B: Float[Tensor, "*#batch n i"]) -> Float[Tensor, "*#batch m n"]:
     """Return ``A Bᵀ``; builds no graph."""
     return _route(A, B, is_tall=False)(A, B)
 

@@ -59,3 +59,5 @@ def test_products_of_batches_are_those_of_their_matrices(dtype):
     A, B = torch.randn(3, 200, 90, dtype=dtype), torch.randn(3, 70, 90, dtype=dtype)
     for found, one, two in zip(times_transposed(A, B), A, B, strict=True):
         assert ((found - one.double() @ two.double().mT).abs() <= bound(one, two)).all()
+    for found, one in zip(times_transposed(A, B[0]), A, strict=True):  # one matrix for all of a batch
+        assert ((found - one.double() @ B[0].double().mT).abs() <= bound(one, B[0])).all()
