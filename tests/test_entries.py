@@ -85,10 +85,8 @@ def test_entries_follow_the_output_mode_under_any_budget(
     dense, part = dense_kernel(J, J, 3, outputs), dense_kernel(J[:12], J[6:], 3, outputs)
     K = nl.ntk(module, x, engine=engine, outputs=outputs, memory_budget=budget, max_dense_bytes=10**9).detach()
     r = K.shape[0] // 7
-    # How entries are made is forced where the engine chooses by itself; the others hand them on.
-    for way in WAYS if engine in ("autodiff", "factors") else [None]:
-        if way is not None:
-            force(way, monkeypatch)
+    for way in WAYS:
+        force(way, monkeypatch)
         assert_entries(K, dense, 1e-10)
         # Between products, where factors, K or linearisations are kept.
         with K.linearised(4):
