@@ -15,6 +15,7 @@ from zoo import RIGHT
 from zoo_kernels import N, checked, columns, jacobian, kernel
 
 import ntk_lazy as nl
+from ntk_lazy.engines.graph import largest
 from ntk_lazy.engines.uses import Outer
 
 ENGINES = ("factors", "gram")
@@ -137,6 +138,14 @@ def test_every_use_of_a_parameter_is_seen_whatever_module_owns_it():
         V = columns(J.shape[0], 3, torch.float64)
         assert defect(K @ V, J @ (J.mT @ V)) < 1e-10
         assert defect(K.to_dense(), J @ J.mT) < 1e-10
+
+
+def test_the_largest_entry_is_that_in_size_and_nothing_hides_a_nan():
+    t = torch.tensor([[0.5, -3.0, 1.0], [2.0, 0.0, -1.0]])
+    for view, expected in ((t, 3.0), (-t, 3.0), (t.mT[::2], 2.0), (t[0, 1], 3.0)):
+        assert float(largest(view)) == expected
+    t[1, 1] = torch.nan
+    assert bool(largest(t).isnan())
 
 
 class Opposite(nn.Module):
