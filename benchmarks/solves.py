@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -27,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent / "workers"))
 from networks import CASES
 
 import ntk_lazy as nl
-from ntk_lazy.linalg.conjugate_gradients import conjugate_gradients
+from ntk_lazy.linalg.conjugate_gradients import Preconditioner, conjugate_gradients
 from ntk_lazy.linalg.nystrom import nystrom_root
 from ntk_lazy.solves import SAMPLED_ROWS, Solve, Spectrum, cheapest_rank
 
@@ -69,12 +68,12 @@ def chosen(A: Tensor, noise: float) -> int:
 def ours(A: Tensor, noise: float, b: Tensor, rank: int | None) -> tuple[int, Tensor]:
     rank = chosen(A, noise) if rank is None else rank
     K, shifted = Counted(A), Counted(A + noise * torch.eye(len(A), dtype=A.dtype))
-    preconditioner: Callable[[Tensor], Tensor] | None = None
+    preconditioner = None
     if rank:
         L = nystrom_root(K, A.shape, rank, dtype=A.dtype, device=A.device)
         Q, _ = torch.linalg.qr(torch.cat([L, noise**0.5 * torch.eye(rank, dtype=A.dtype)]))
         Q = Q[: len(A)]
-        preconditioner = lambda V: (V - Q @ (Q.mT @ V)) / noise  # noqa: E731
+        preconditioner = Preconditioner(lambda V: (V - Q @ (Q.mT @ V)) / noise)
     found = conjugate_gradients(shifted, b, rtol=RTOL, max_steps=MOST, preconditioner=preconditioner)
     return K.columns + shifted.columns, found.X
 

@@ -8,7 +8,7 @@ from linear_operator.utils import linear_cg
 from linear_operator.utils.warnings import NumericalWarning
 from torch import Generator, Tensor
 
-from ntk_lazy.linalg.conjugate_gradients import conjugate_gradients
+from ntk_lazy.linalg.conjugate_gradients import Preconditioner, conjugate_gradients
 from ntk_lazy.linalg.nystrom import extended_root, nystrom_root
 
 N = 80
@@ -76,6 +76,53 @@ def test_rounding_that_hides_the_residual_is_noticed():
     assert (found.residuals[0] < 10 * true + 1e-5).all()
 
 
+@pytest.mark.parametrize(("power", "noise"), [(1.0, 1e-4), (2.0, 1e-6), (3.0, 3e-7), (4.0, 1e-6)])
+def test_few_steps_are_taken_beyond_what_rounding_allows(power: float, noise: float):
+    n = 600
+    A = (matrix(power, size=n) + noise * torch.eye(n, dtype=torch.float64)).float()
+    B = torch.randn(n, 2, generator=Generator().manual_seed(0))
+    found = conjugate_gradients(lambda V: A @ V, B, rtol=1e-6, max_steps=10_000)
+    true = (B.double() - A.double() @ found.X.double()).norm(dim=0) / B.norm(dim=0)
+    assert (found.residuals > 1e-6).all()
+    torch.testing.assert_close(found.residuals[0].log(), true.log(), rtol=0, atol=0.7)
+    torch.testing.assert_close(found.rounding.log(), found.residuals.log(), rtol=0, atol=0.7)
+    # Steps that went on for the tolerance took 1.5 to 12 times what is needed for a residual near that.
+    least = conjugate_gradients(lambda V: A @ V, B, rtol=float(4 * found.rounding.max()), max_steps=10_000)
+    assert found.num_products < 2.5 * least.num_products
+
+
+def test_a_norm_that_steps_do_not_show_can_be_given():
+    n, noise = 600, 3e-7
+    values = torch.arange(1, n + 1, dtype=torch.float64) ** -3.0
+    Q = torch.linalg.qr(torch.randn(n, n, generator=Generator().manual_seed(1), dtype=torch.float64))[0]
+    A, B = ((Q * (values + noise)) @ Q.mT).float(), torch.randn(n, 1, generator=Generator().manual_seed(0))
+    # Knows all but the second half of the spectrum.
+    inverse = ((Q / (torch.where(torch.arange(n) < 20, values, values[20]) + noise)) @ Q.mT).float()
+    counts = [
+        conjugate_gradients(
+            lambda V: A @ V, B, rtol=1e-6, max_steps=10_000, preconditioner=Preconditioner(lambda V: inverse @ V, norm)
+        ).num_products
+        for norm in (0.0, 1.0)
+    ]
+    assert counts[1] < counts[0]
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-6), (torch.float32, 1e-2)])
+def test_nothing_is_measured_in_between_where_rounding_does_not_matter(dtype: torch.dtype, rtol: float):
+    A, products = (matrix(2.0) + 1e-3 * torch.eye(N, dtype=torch.float64)).to(dtype), []
+
+    def matmul(V: Tensor) -> Tensor:
+        products.append(V.shape[-1])
+        return A @ V
+
+    found = conjugate_gradients(matmul, block(1).to(dtype), rtol=rtol, max_steps=1000)
+    assert (found.residuals <= rtol).all()
+    assert (found.rounding == 0).all()
+    # One product is that of the residual.
+    again = conjugate_gradients(matmul, block(1).to(dtype), rtol=rtol, max_steps=len(products) - 1)
+    assert (again.residuals <= rtol).all()
+
+
 def test_batches_are_solved_each_by_itself():
     A, B = matrix(2.0, batch=(3,)) + 1e-2 * torch.eye(N, dtype=torch.float64), block(2, batch=(3,))
     found = conjugate_gradients(lambda V: A @ V, B, rtol=1e-10, max_steps=500)
@@ -93,7 +140,7 @@ def test_lanczos_matrices_give_log_determinants(is_preconditioned: bool):
         B,
         rtol=1e-12,
         max_steps=200,
-        preconditioner=lambda V: torch.linalg.solve(P, V),
+        preconditioner=Preconditioner(lambda V: torch.linalg.solve(P, V)),
         num_tridiagonal=3,
         tridiagonal_steps=N,
     )

@@ -2,7 +2,7 @@
 
 Each column is solved by itself, with products in common. Nothing is compared with an absolute number: a system in other
 units takes the same steps. What the recurrence says of its residual is checked by one more product, and columns whose
-residual is larger than that start again from it.
+residual is larger than that start again from it, as long as it is larger than what rounding makes of it.
 """
 
 from __future__ import annotations
@@ -21,6 +21,22 @@ Scalars: TypeAlias = Float[Tensor, "*batch 1 k"]
 
 _MOST_ROUNDS = 8
 _GAIN = 0.5  # of a round that is worth another one
+_NEXT_LOOK = 0.3  # of a residual that was measured: where it is measured again
+_OTHER_UNIT = 3.0  # not a power of two: everything rounds anew
+
+
+@dataclass(frozen=True, eq=False)
+class Preconditioner:
+    """An approximate inverse of A.
+
+    Attributes:
+        inverse: Multiplies with it; symmetric positive definite.
+        norm: What is known of the largest eigenvalue of A, from below: steps do not show it when the inverse has taken
+            its direction out of them. 0 if nothing is.
+    """
+
+    inverse: Map
+    norm: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +46,7 @@ class Solution:
     Attributes:
         X: The solutions.
         residuals: ``‖b − A x‖ / ‖b‖`` of each column, measured by a product.
+        rounding: What rounding alone makes of it, where it is above the tolerance after the first round; 0 elsewhere.
         num_products: Columns that A was multiplied with.
         tridiagonal: Of the first columns the matrices of the Lanczos process that belongs to the steps, for the
             preconditioned matrix: ``(columns, *batch, steps, steps)``. One that ends early goes on as the identity.
@@ -37,6 +54,7 @@ class Solution:
 
     X: Columns
     residuals: Scalars
+    rounding: Scalars
     num_products: int
     tridiagonal: Float[Tensor, "columns *batch steps steps"]
 
@@ -48,7 +66,7 @@ def conjugate_gradients(
     rtol: float,
     max_steps: int,
     min_steps: int = 0,
-    preconditioner: Map | None = None,
+    preconditioner: Preconditioner | None = None,
     num_tridiagonal: int = 0,
     tridiagonal_steps: int = 0,
 ) -> Solution:
@@ -60,39 +78,49 @@ def conjugate_gradients(
         rtol: A column is done when ``‖b − A x‖ <= rtol ‖b‖``.
         max_steps: Steps of all rounds together.
         min_steps: Least steps of a column, unless its residual vanishes.
-        preconditioner: Multiplies with an approximate inverse, symmetric positive definite.
+        preconditioner: Makes the steps fewer; None for none.
         num_tridiagonal: Columns from the first on for which the Lanczos matrices are wanted.
         tridiagonal_steps: Most steps of these.
 
     Cost: A product with all columns that are not done, for each step, and one with all at the end of each round; most
-        solves have one round. Memory: five blocks like B.
+        solves have one round. Columns whose residual falls below ``eps ‖A‖ ‖x‖`` are measured in between, at each third
+        of what they were: beyond what rounding allows no step is taken. Memory: six blocks like B.
 
     Source: Hestenes and Stiefel (1952); the restart is residual replacement, van der Vorst and Ye, Residual replacement
         strategies for Krylov subspace iterative methods (SIAM J. Sci. Comput. 22, 2000).
     """
     norms = _norms(B)
-    X, R = torch.zeros_like(B), B
+    X, R = torch.zeros_like(B), B.clone()
     residuals = torch.where(norms > 0, 1.0, 0.0).to(norms)
+    rounding = torch.zeros_like(residuals)
     num_products, steps_left = 0, max_steps
     tridiagonal = _Tridiagonal(num_tridiagonal, min(tridiagonal_steps, B.shape[-2], max_steps))
-    pending = (norms > 0).reshape(-1, B.shape[-1]).any(0).nonzero().squeeze(1)
+    pending = _columns(norms > 0)
     for number in range(_MOST_ROUNDS):
         if not len(pending) or steps_left <= 0:
             break
-        goal = rtol * norms[..., pending]
+        own, goal = torch.where(norms > 0, norms, 1.0)[..., pending], rtol * norms[..., pending]
         recorder = tridiagonal if number == 0 else None
         least = min_steps if number == 0 else 0
         D, steps, products = _round(matmul, R[..., pending], goal, steps_left, least, preconditioner, recorder, pending)
-        X[..., pending] += D
-        R = R.clone() if R is B else R
-        R[..., pending] = B[..., pending] - matmul(X[..., pending])
         steps_left -= steps
+        D += X[..., pending]
+        left = B[..., pending] - matmul(D)
         num_products += products + len(pending)
-        before = residuals[..., pending]
-        residuals[..., pending] = now = _norms(R[..., pending]) / torch.where(norms > 0, norms, 1.0)[..., pending]
+        before, now = residuals[..., pending], _norms(left) / own
+        # One that rounding has made worse is not taken.
+        is_better = ~(now >= before)
+        X[..., pending] = torch.where(is_better, D, X[..., pending])
+        R[..., pending] = torch.where(is_better, left, R[..., pending])
+        residuals[..., pending] = torch.where(is_better, now, before)
         is_pending = (now > rtol) & (now < _GAIN * before)
-        pending = pending[is_pending.reshape(-1, len(pending)).any(0)]
-    return Solution(X, residuals, num_products, tridiagonal.matrices(B))
+        if number == 0 and bool(is_pending.any()):
+            at = _columns(is_pending)
+            again = B[..., pending[at]] - _OTHER_UNIT * matmul(D[..., at] / _OTHER_UNIT)
+            num_products += len(at)
+            rounding[..., pending[at]] = _norms(again - left[..., at]) / own[..., at]
+        pending = pending[_columns(is_pending & (now > 2 * rounding[..., pending]))]
+    return Solution(X, residuals, rounding, num_products, tridiagonal.matrices(B))
 
 
 def _round(
@@ -101,14 +129,19 @@ def _round(
     goal: Scalars,
     max_steps: int,
     min_steps: int,
-    preconditioner: Map | None,
+    preconditioner: Preconditioner | None,
     recorder: _Tridiagonal | None,
     numbers: Tensor,
 ) -> tuple[Columns, int, int]:
-    """Step until the recurrence says that all columns are done: corrections, steps and products."""
-    R, D = R.clone(), torch.zeros_like(R)
+    """Step until the recurrence says that all columns are done, or is wrong: corrections, steps and products."""
+    begin, R, D = R, R.clone(), torch.zeros_like(R)
     first = _norms(R)
-    Z = R if preconditioner is None else preconditioner(R)
+    # Of A; and where the recurrence is compared with the residual that it stands for.
+    largest, look = (
+        torch.full_like(first, 0.0 if preconditioner is None else preconditioner.norm),
+        torch.full_like(first, torch.inf),
+    )
+    Z = R if preconditioner is None else preconditioner.inverse(R)
     P, rho = Z.clone(), _inner(R, Z)
     places = torch.arange(R.shape[-1], device=R.device)  # of the columns that are not done
     products = 0
@@ -120,23 +153,32 @@ def _round(
         alpha = torch.where(can_step, rho / torch.where(can_step, curvature, 1.0), 0.0)
         D[..., places] += alpha.to(P.dtype) * P
         R -= alpha.to(Q.dtype) * Q
-        Z = R if preconditioner is None else preconditioner(R)
+        Z = R if preconditioner is None else preconditioner.inverse(R)
         before, rho = rho, _inner(R, Z)
         beta = torch.where(can_step, rho / torch.where(can_step, before, 1.0), 0.0)
         if recorder is not None:
             recorder.add(step, alpha, beta, numbers[places])
-        size = _norms(R)
+        size, largest = _norms(R), largest.maximum((_norms(Q) / _norms(P)).nan_to_num(0.0, posinf=0.0))
         vanished = size <= torch.finfo(R.dtype).eps * first[..., places]
         needed = torch.full_like(size, step + 1 < min_steps, dtype=torch.bool)
         if recorder is not None:
             needed |= recorder.wants(step + 1, numbers[places])
-        goes_on = can_step & ~vanished & ((size > goal[..., places]) | needed)
-        kept = goes_on.reshape(-1, len(places)).any(0).nonzero().squeeze(1)
+        is_above = size > goal[..., places]
+        shown = torch.finfo(R.dtype).eps * largest * _norms(D[..., places])
+        is_due = is_above & (size < shown) & (size < look)
+        if bool(is_due.any()):
+            at = _columns(is_due)
+            off = _norms(begin[..., places[at]] - matmul(D[..., places[at]]) - R[..., at])
+            products += len(at)
+            is_above[..., at] &= ~(is_due[..., at] & (off > size[..., at]))
+            look = torch.where(is_due, _NEXT_LOOK * size, look)
+        kept = _columns(can_step & ~vanished & (is_above | needed))
         if not len(kept):
             return D, step + 1, products
         P = Z + beta.to(P.dtype) * P
         if len(kept) < len(places):
-            places, P, R, rho = places[kept], P[..., kept], R[..., kept], rho[..., kept]
+            places, P, R = places[kept], P[..., kept], R[..., kept]
+            rho, largest, look = rho[..., kept], largest[..., kept], look[..., kept]
     return D, max_steps, products
 
 
@@ -170,6 +212,11 @@ class _Tridiagonal:
         beside = torch.where(took[1:], ratios[:-1].sqrt() * rates[:-1], 0.0)
         matrices = _last(diagonal).diag_embed() + _last(beside).diag_embed(1) + _last(beside).diag_embed(-1)
         return matrices.to(B.dtype)
+
+
+def _columns(which: Tensor) -> Tensor:
+    """Numbers of the columns that a mask of shape ``(*batch, 1, k)`` has in any kernel of the batch."""
+    return which.reshape(-1, which.shape[-1]).any(0).nonzero().squeeze(1)
 
 
 def _last(steps: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from ntk_lazy.operator.indices import backward_slices, plain_indices
 from ntk_lazy.operator.job import job_of
 from ntk_lazy.operator.readout import read_entries, write_down
 from ntk_lazy.operator.representation import KernelRepresentation
-from ntk_lazy.operator.roots import keep_pairs
+from ntk_lazy.operator.roots import keep_pairs, lanczos_roots
 from ntk_lazy.operator.side import Side
 from ntk_lazy.plan import Plan
 from ntk_lazy.probes import Probes
@@ -315,6 +315,18 @@ class NTKLinearOperator(KernelRepresentation):
         """
         with self.linearised(rank):
             return super().pivoted_cholesky(rank, error_tol, return_pivots)
+
+    @override
+    def _root_decomposition(self) -> Tensor:
+        with self.linearised(self._root_decomposition_size()):
+            return lanczos_roots(self, None, inverse=False)[0]
+
+    @override
+    def _root_inv_decomposition(
+        self, initial_vectors: Tensor | None = None, test_vectors: Tensor | None = None
+    ) -> Tensor:
+        with self.linearised(self._root_decomposition_size()):
+            return lanczos_roots(self, initial_vectors, inverse=True)[1]
 
     def precondition_with(self, values: Tensor, vectors: Tensor) -> None:
         """Precondition later solves with ``K + D`` by eigenpairs of K, in the place of a randomised approximation.

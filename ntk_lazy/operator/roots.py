@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from linear_operator.functions._root_decomposition import RootDecomposition
+from linear_operator.operators import LinearOperator
 from torch import Tensor
 
 from ntk_lazy.errors import ArgumentError, ShapeError
@@ -44,6 +46,22 @@ def kept_root(kernel: Any) -> Tensor | None:
     return None if kernel.batch_shape else kernel.settings.root.find(*_place(kernel))
 
 
+def lanczos_roots(operator: LinearOperator, initial_vectors: Tensor | None, *, inverse: bool) -> tuple[Tensor, Tensor]:
+    """Return roots of A and, if asked for, of A^-1, by the process of Lanczos, as linear_operator makes them.
+
+    It multiplies with an operator that is built anew, of which a series of products knows nothing: here with A itself.
+
+    Cost: ``max_root_decomposition_size`` products with one column, or as many as there are initial vectors.
+    """
+    size = operator._root_decomposition_size()
+    kind = operator.dtype, operator.device, operator.batch_shape, operator.matrix_shape
+    tensors = operator.representation()
+    roots, inverses = RootDecomposition.apply(
+        lambda *_: operator, size, *kind, True, inverse, initial_vectors, *tensors
+    )
+    return roots, inverses
+
+
 def keep_pairs(kernel: Any, values: Tensor, vectors: Tensor) -> None:
     """Check eigenpairs of K, and keep their root.
 
@@ -66,6 +84,15 @@ def root_of_kept_pairs(kernel: Any) -> Tensor | None:
     """Return the root that eigenpairs gave, shape ``(n, k)``; None if none were given."""
     root = kernel.settings.pairs.find(*_place(kernel)) if kernel.is_gram_matrix else None
     return None if root is None else _scaled(root, kernel.gramian.scale)
+
+
+def known_norm(kernel: Any) -> float:
+    """Return what a root that is kept shows of the largest eigenvalue of K, from below; 0 if there is none."""
+    root = root_of_kept_pairs(kernel)
+    if root is None and kernel.is_gram_matrix:
+        kept = kept_root(kernel)
+        root = None if kept is None else _scaled(kept, kernel.gramian.scale)
+    return 0.0 if root is None else float(root[:, 0].double().square().sum())
 
 
 def _place(kernel: Any) -> tuple[FunctionalModel, Tensor, Tensor | None]:

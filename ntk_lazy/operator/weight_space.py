@@ -12,7 +12,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from ntk_lazy.engines.weight_gram import WEIGHTS, WeightGram, weight_gram_fits
-from ntk_lazy.linalg.conjugate_gradients import Map, conjugate_gradients
+from ntk_lazy.linalg.conjugate_gradients import Map, Preconditioner, conjugate_gradients
 from ntk_lazy.operator.gramian import Gramian
 from ntk_lazy.shapes import Block
 from ntk_lazy.solves import Solve
@@ -163,7 +163,7 @@ class WeightSpace:
         if len(pending):
             goal = min(float((rtol / sizes[pending]).min()), 0.5)
             found = conjugate_gradients(
-                matmul, R[:, pending], rtol=goal, max_steps=max_steps, preconditioner=self.apply
+                matmul, R[:, pending], rtol=goal, max_steps=max_steps, preconditioner=Preconditioner(self.apply)
             )
             X, R = X.clone(), R.clone()
             X[:, pending] += found.X

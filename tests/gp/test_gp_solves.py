@@ -7,7 +7,7 @@ import pytest
 import torch
 from gpytorch.kernels import ScaleKernel
 from linear_operator import settings
-from linear_operator.operators import DiagLinearOperator
+from linear_operator.operators import DiagLinearOperator, LinearOperator
 from linear_operator.utils.warnings import NumericalWarning
 from oracle import defect, dense_jacobian
 from torch import Generator, Tensor, nn
@@ -186,6 +186,37 @@ def test_factors_are_captured_once_for_a_solve(captured: list[int]):
     with settings.max_cholesky_size(0), settings.cg_tolerance(1e-6), torch.no_grad():
         K.add_diagonal(torch.tensor(1e-2, dtype=K.dtype)).solve(inputs(N, seed=5))
     assert captured == [N]
+
+
+@pytest.mark.parametrize("is_shifted", [False, True])
+def test_factors_are_captured_once_for_a_root(captured: list[int], *, is_shifted: bool):
+    K = nl.ntk(network(), inputs(), engine="factors").detach()
+    A = K.add_diagonal(torch.tensor(1e-1, dtype=K.dtype)) if is_shifted else K
+    with settings.max_cholesky_size(0), settings.max_root_decomposition_size(N), torch.no_grad():
+        root = A.root_decomposition(method="lanczos").root.to_dense()
+        assert captured == [N]
+        # It ends where eigenvalues are equal, as those are that noise alone makes.
+        assert defect(root @ root.mT, A.to_dense()) < (1e-2 if is_shifted else 1e-6)
+        captured.clear()
+        A.root_inv_decomposition(method="lanczos")
+        assert captured == [N]
+
+
+@pytest.mark.parametrize("is_shifted", [False, True])
+def test_roots_have_the_gradient_that_linear_operator_gives_them(*, is_shifted: bool):
+    model, gradients = network(), []
+    for decompose in (LinearOperator._root_decomposition, LinearOperator.root_decomposition):
+        noise = torch.tensor(1e-1, dtype=torch.float64, requires_grad=True)
+        K = nl.ntk(model, inputs())
+        A = K.add_diagonal(noise) if is_shifted else K
+        with settings.max_cholesky_size(0), settings.max_root_decomposition_size(20):
+            torch.manual_seed(0)
+            found = decompose(A)
+        root = found if isinstance(found, Tensor) else found.root.to_dense()
+        wanted = [*model.parameters(), noise][: None if is_shifted else -1]
+        gradients.append(torch.autograd.grad((root.mT @ inputs(seed=5)).square().sum(), wanted, materialize_grads=True))
+    for one, two in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-8, atol=1e-8 * float(two.abs().max()))
 
 
 def test_float32_says_when_it_does_not_get_there():
