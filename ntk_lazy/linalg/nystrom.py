@@ -15,6 +15,7 @@ Root: TypeAlias = Float[Tensor, "*batch n rank"]
 Tiles: TypeAlias = Callable[[], Iterator[tuple[slice, Tensor]]]
 
 _TINY = torch.finfo(torch.float64).tiny ** 0.5  # of K = 0 the root is zero
+_LEAN = 1.0  # in eps of the root: what columns may lean to each other
 _GROWTH = 10.0  # of a shift that leaves a matrix indefinite
 
 
@@ -48,20 +49,20 @@ def nystrom_root(
     *batch, n, _ = shape
     rank = min(rank, n)
     generator = torch.Generator().manual_seed(rank if seed is None else seed)
-    Omega = torch.randn(n, rank, generator=generator, dtype=torch.float64).to(device, dtype)
-    Omega = torch.linalg.qr(Omega)[0]
+    Omega = torch.linalg.qr(torch.randn(n, rank, generator=generator, dtype=dtype).to(device))[0]
     Y = matmul(Omega.expand(*batch, n, rank))
-    small, overlap = _gram(Omega, Y), _gram(Omega, Omega)
+    # Omega is orthonormal to rounding, which on the shift does not count.
+    small, eye = _gram(Omega, Y), torch.eye(rank, dtype=torch.float64, device=device)
     size = torch.linalg.matrix_norm(Y, keepdim=True, dtype=torch.float64)
     if not bool(size.isfinite().all()):
         return torch.full_like(Y, torch.nan)  # whoever solves with it sees that
     asymmetry = torch.linalg.matrix_norm(small - small.mT, keepdim=True)
     small = (small + small.mT) / 2
     shift = asymmetry.maximum(_rounding(size, n))
-    C, info = torch.linalg.cholesky_ex(small + shift * overlap)
+    C, info = torch.linalg.cholesky_ex(small + shift * eye)
     while bool(info.any()):
         shift = torch.where(info[..., None, None] > 0, _GROWTH * shift, shift)
-        C, info = torch.linalg.cholesky_ex(small + shift * overlap)
+        C, info = torch.linalg.cholesky_ex(small + shift * eye)
 
     def whitened() -> Iterator[tuple[slice, Tensor]]:
         """Rows of ``B = (Y + shift Omega) C^-T``, with ``K ≈ B Bᵀ``, in float64."""
@@ -124,13 +125,17 @@ def _orthogonal_columns(tiles: Tiles, shift: Tensor, *, out: Root) -> Root:
     # Columns of length one; without a value there is none.
     is_there = roots > 0
     S = V * torch.where(is_there, values.clamp_min(_TINY).rsqrt(), 0).unsqueeze(-2)
-    # Those of small values lean to those of large ones by eps of their ratio: straightened from the largest on.
-    overlap = torch.diag_embed((~is_there).double())
-    for _, B in tiles():
-        Q = B @ S
-        overlap += Q.mT @ Q
-    R, _ = torch.linalg.cholesky_ex(overlap, upper=True)
-    S = S @ torch.linalg.solve_triangular(R, torch.diag_embed(roots), upper=True)
+    # Those of small values lean to those of large ones by eps of their ratio.
+    least = torch.where(is_there, values, torch.inf).amin(-1)
+    if bool((torch.finfo(torch.float64).eps * values[..., 0] > _LEAN * torch.finfo(out.dtype).eps * least).any()):
+        # Straightened from the largest on.
+        overlap = torch.diag_embed((~is_there).double())
+        for _, B in tiles():
+            Q = B @ S
+            overlap += Q.mT @ Q
+        R, _ = torch.linalg.cholesky_ex(overlap, upper=True)
+        S = torch.linalg.solve_triangular(R, S, upper=True, left=False)
+    S = S * roots.unsqueeze(-2)
     for tile, B in tiles():
         out[..., tile, :] = B @ S
     return out

@@ -21,7 +21,7 @@ ParameterRows: TypeAlias = Float[Tensor, "b q p"]
 COPY_BYTES = 32 << 20
 """Products and sums that copy their operands do so for pieces of so many bytes."""
 # Copies in float64 of pieces of so many bytes stay in cache.
-_CACHED_BYTES = 512 << 10
+_CACHED_BYTES = 2 << 20
 # Entries of a parameter so small that its sums are in float64.
 _FEW = 4096
 
