@@ -163,12 +163,12 @@ def cheapest_rank(job: Solve, spectrum: Spectrum, dtype: torch.dtype, *, most: i
             it has more.
 
     Returns:
-        0, ``known``, ``most``, or a power of two below it.
+        0, ``known``, ``most``, or a rank below it of 16, 23, 32, 45, 64, ...: half powers of two.
 
-    Cost: conjugate gradients on a diagonal matrix for each power of two, a millisecond or so for each ten iterations.
+    Cost: conjugate gradients on a diagonal matrix for each of them, a millisecond or so for each ten iterations.
     """
-    powers = (1 << i for i in range(_LEAST_RANK.bit_length() - 1, max(most, 1).bit_length()))
-    ranks = sorted({*powers, most} if most >= _LEAST_RANK else set())
+    steps = range(2 * max(most, 1).bit_length())
+    ranks = sorted({most, *(rank for step in steps if (rank := round(_LEAST_RANK * 2 ** (step / 2))) < most)})
 
     def columns(rank: int) -> int:
         iterations = PredictedSolve.of(replace(job, rank=rank), spectrum, dtype).iterations
@@ -176,7 +176,7 @@ def cheapest_rank(job: Solve, spectrum: Spectrum, dtype: torch.dtype, *, most: i
 
     best, least = known, columns(known)
     for rank in ranks:
-        if rank <= known:
+        if rank <= known or rank < _LEAST_RANK:
             continue
         if rank - known >= least:
             break  # it costs more than the solves do
