@@ -28,7 +28,9 @@ from ntk_lazy.gemm import times_transposed
 from ntk_lazy.outputs import OutputLayout
 
 _ROWS_SHARE = 0.0625  # of the budget: rows of J of one layer
+_ROWS_SETS = 4  # working sets of these: positions are unfolded once for each part of them
 _TILE = 1024  # rows of a tile of K
+_ROWS_TILE = 256  # from rows of J: what tiles on the diagonal compute twice is less, and sums are long enough
 
 
 @final
@@ -103,11 +105,11 @@ class FactorTiles:
             add_tile(part_of(layer, i), part_of(second[names], j), tile)
         del first, second
         # Positions are unfolded once for each part of a layer: few large parts cost less.
-        limit = int(min(self.budget * _ROWS_SHARE, 2 * working_set(out.device.type)))
+        limit = int(min(self.budget * _ROWS_SHARE, _ROWS_SETS * working_set(out.device.type)))
         for name in [name for name in self.coverage.costs if name not in plain]:
             sides = self._row_sides(number, name, left, right)
             for rows1, rows2 in row_slices(*sides, limit // out.dtype.itemsize):
-                for i, j in self._tiles(out.shape, _TILE // 2, is_symmetric=is_symmetric):
+                for i, j in self._tiles(out.shape, _ROWS_TILE, is_symmetric=is_symmetric):
                     out[_rows(i, r), _rows(j, r)] += times_transposed(rows1[_rows(i, r)], rows2[_rows(j, r)])
                 del rows1, rows2
 

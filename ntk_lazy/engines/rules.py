@@ -108,16 +108,16 @@ def _convolution(edge: Edge, shape: torch.Size, G: Tensor, placement: Placement,
     if node._saved_transposed:
         # The kernel moves over the output: gradients there are unfolded, and the input takes the place of gradients.
         beneath = window.unfold(G.flatten(0, 1)).unflatten(0, (q, b))
-        if beneath.shape[2] != prod(x.shape[2:]):
+        if beneath.shape[4] != prod(x.shape[2:]):
             return None
-        beneath = beneath.unflatten(3, (groups, -1)).flatten(4)
+        beneath = beneath.unflatten(2, (groups, -1)).flatten(3, 4)
         inside = x.flatten(2).unflatten(1, (groups, -1))
-        return Rows(torch.einsum("qbsgo,bgis->bqgio", beneath, inside).flatten(2))
+        return Rows(torch.einsum("qbgos,bgis->bqgio", beneath, inside).flatten(2))
     gradients = G.flatten(3)
     if groups == 1:
         return Outer(x, gradients.mT, window=window)
-    beneath = window.unfold(x).unflatten(2, (groups, -1)).flatten(3)
-    return Rows(torch.einsum("qbgos,bsgi->bqgoi", gradients.unflatten(2, (groups, -1)), beneath).flatten(2))
+    beneath = window.unfold(x).unflatten(1, (groups, -1)).flatten(2, 3)
+    return Rows(torch.einsum("qbgos,bgis->bqgoi", gradients.unflatten(2, (groups, -1)), beneath).flatten(2))
 
 
 def _lookup(edge: Edge, shape: torch.Size, G: Tensor, placement: Placement, b: int) -> Use | None:

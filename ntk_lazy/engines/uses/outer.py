@@ -46,8 +46,11 @@ class Window:
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
 
-    def unfold(self, x: Tensor) -> Float[Tensor, "b S c taps"]:
-        """Copy what lies beneath the kernel at each position: ``(b, c, *size)`` becomes ``(b, S, c, taps)``."""
+    def unfold(self, x: Tensor) -> Float[Tensor, "b c taps S"]:
+        """Copy what lies beneath each tap of the kernel as it moves: ``(b, c, *size)`` becomes ``(b, c, taps, S)``.
+
+        With the taps last, runs of as many numbers as a kernel is wide would be copied, in two to three times the time.
+        """
         pads = [side for p in reversed(self.padding) for side in (p, p)]
         x = pad(x, pads).contiguous()
         dims = len(self.kernel)
@@ -55,10 +58,10 @@ class Window:
             (x.shape[2 + d] - self.dilation[d] * (self.kernel[d] - 1) - 1) // self.stride[d] + 1 for d in range(dims)
         ]
         strides = x.stride()
-        moves = [self.stride[d] * strides[2 + d] for d in range(dims)]
         taps = [self.dilation[d] * strides[2 + d] for d in range(dims)]
-        view = x.as_strided((x.shape[0], *sizes, x.shape[1], *self.kernel), (strides[0], *moves, strides[1], *taps))
-        return view.reshape(x.shape[0], prod(sizes), x.shape[1], prod(self.kernel))
+        moves = [self.stride[d] * strides[2 + d] for d in range(dims)]
+        view = x.as_strided((*x.shape[:2], *self.kernel, *sizes), (strides[0], strides[1], *taps, *moves))
+        return view.reshape(*x.shape[:2], prod(self.kernel), prod(sizes))
 
 
 @final
@@ -118,7 +121,7 @@ class Outer(Use):
     def left(self, examples: slice = slice(None)) -> Float[Tensor, "b S i"]:
         """What went into the layer at each position."""
         x = self.source[examples]
-        return x if self.window is None else self.window.unfold(x).flatten(2)
+        return x if self.window is None else self.window.unfold(x).flatten(1, 2).mT
 
     @override
     def pull(self, V: Coefficients, W: ParameterColumns) -> None:
