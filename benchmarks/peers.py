@@ -4,7 +4,8 @@
 
 ``nox -s bench`` makes the environments of the peers and passes their interpreters. Without ``--python`` only this
 library and plain torch.func are measured. Results go to a JSON file, with the machine and the versions, and a table to
-Markdown beside it. Only ratios of one run mean anything: the seconds are those of one machine on one day.
+Markdown beside it. Only ratios of one run mean anything: the seconds are those of one machine on one day. With
+``--only`` the lines of whole jobs, peers and all, take the place of earlier ones in a file that is there.
 """
 
 from __future__ import annotations
@@ -272,11 +273,14 @@ def main() -> None:
     print(json.dumps(about), flush=True)
     columns = list(count(pythons.get("primme"))) if options.only in "columns" else []
     results: dict[str, Any] = {"machine": about, "columns": columns, "rows": []}
-    for row in measure_all(chosen, pythons, options.threads):
-        results["rows"].append(row)
-        if options.results:  # after each, so that an interrupted run is not lost
-            options.results.write_text(json.dumps(results, indent=1) + "\n")
-            options.results.with_suffix(".md").write_text(table.markdown(results))
+    is_again = bool(options.only and options.results and options.results.exists())
+    earlier = json.loads(options.results.read_text()) if is_again else None
+    for measure in chosen:
+        results["rows"] += measure_all([measure], pythons, options.threads)
+        if options.results:  # after each job, so that an interrupted run is not lost
+            shown = results if earlier is None else table.joined(earlier, results)
+            options.results.write_text(json.dumps(shown, indent=1) + "\n")
+            options.results.with_suffix(".md").write_text(table.markdown(shown))
     print(table.bars(results))
 
 
