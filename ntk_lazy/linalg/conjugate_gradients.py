@@ -136,11 +136,8 @@ def _round(
     """Step until the recurrence says that all columns are done, or is wrong: corrections, steps and products."""
     begin, R, D = R, R.clone(), torch.zeros_like(R)
     first = _norms(R)
-    # Of A; and where the recurrence is compared with the residual that it stands for.
-    largest, look = (
-        torch.full_like(first, 0.0 if preconditioner is None else preconditioner.norm),
-        torch.full_like(first, torch.inf),
-    )
+    # Of the eigenvalues of A; and the size below which the recurrence is compared with the residual that it stands for.
+    largest, look = torch.full_like(first, preconditioner.norm if preconditioner else 0.0), first + torch.inf
     Z = R if preconditioner is None else preconditioner.inverse(R)
     P, rho = Z.clone(), _inner(R, Z)
     places = torch.arange(R.shape[-1], device=R.device)  # of the columns that are not done
@@ -177,8 +174,8 @@ def _round(
             return D, step + 1, products
         P = Z + beta.to(P.dtype) * P
         if len(kept) < len(places):
-            places, P, R = places[kept], P[..., kept], R[..., kept]
-            rho, largest, look = rho[..., kept], largest[..., kept], look[..., kept]
+            places = places[kept]
+            P, R, rho, largest, look = (t[..., kept] for t in (P, R, rho, largest, look))
     return D, max_steps, products
 
 

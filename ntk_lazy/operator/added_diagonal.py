@@ -59,6 +59,10 @@ class AddedDiagonal(AddedDiagLinearOperator):  # type: ignore[misc]  # linear_op
         """K, an ``NTKLinearOperator``; it makes operators of this class, and so is not known by name here."""
         return self._linear_op
 
+    def linearised(self, num_columns: int = 1) -> AbstractContextManager[None]:
+        """Keep what products have in common within the context, while nothing changes."""
+        return nullcontext() if self.kernel.batch_shape else self.kernel.linearised(num_columns)
+
     @override
     def _matmul(self, rhs: Tensor) -> Tensor:
         diagonal = self._diag_tensor._diagonal()
@@ -83,7 +87,7 @@ class AddedDiagonal(AddedDiagLinearOperator):  # type: ignore[misc]  # linear_op
                 inverse = self.detach()._preconditioner_for(columns.shape[-1], 1)[0]
         batch = torch.broadcast_shapes(columns.shape[:-2], self.batch_shape)
         columns = columns.expand(*batch, *columns.shape[-2:])
-        with self._series(columns.shape[-1] * _TYPICAL_STEPS):
+        with self.linearised(columns.shape[-1] * _TYPICAL_STEPS):
             solution = conjugate_gradients(
                 self._matmul,
                 columns.detach(),
@@ -160,7 +164,7 @@ class AddedDiagonal(AddedDiagLinearOperator):  # type: ignore[misc]  # linear_op
             weights = self.weights(max(B.shape[1], 1), num_solves)
             if weights is None:
                 return None
-            with torch.no_grad(), self._series(3 * B.shape[1]):
+            with torch.no_grad(), self.linearised(3 * B.shape[1]):
                 solution = weights.solve(self._matmul, B, rtol=tolerance, max_steps=max_steps)
             if not (weights.was_kept and weights.is_doubtful(solution)):
                 _warn(solution.worst, tolerance, max_steps)
@@ -250,15 +254,13 @@ class AddedDiagonal(AddedDiagLinearOperator):  # type: ignore[misc]  # linear_op
 
     @override
     def _root_decomposition(self) -> Tensor:
-        with self._series(self._root_decomposition_size()):
-            return lanczos_roots(self, None, inverse=False)[0]
+        return lanczos_roots(self, None, inverse=False)[0]
 
     @override
     def _root_inv_decomposition(
         self, initial_vectors: Tensor | None = None, test_vectors: Tensor | None = None
     ) -> Tensor:
-        with self._series(self._root_decomposition_size()):
-            return lanczos_roots(self, initial_vectors, inverse=True)[1]
+        return lanczos_roots(self, initial_vectors, inverse=True)[1]
 
     @override
     def _cholesky(self, upper: bool = False) -> Any:
@@ -279,10 +281,6 @@ class AddedDiagonal(AddedDiagLinearOperator):  # type: ignore[misc]  # linear_op
                 f"the diagonal that is added to K goes down to {least:g}: {reason}. Add a positive noise: a thousandth "
                 "of the mean of K's diagonal is a start."
             )
-
-    def _series(self, num_columns: int) -> AbstractContextManager[None]:
-        """Keep what products have in common, while nothing changes."""
-        return nullcontext() if self.kernel.batch_shape else self.kernel.linearised(num_columns)
 
 
 def _warn(worst: float, tolerance: float, max_steps: int, *, rounding: float = 0.0) -> None:

@@ -318,15 +318,13 @@ class NTKLinearOperator(KernelRepresentation):
 
     @override
     def _root_decomposition(self) -> Tensor:
-        with self.linearised(self._root_decomposition_size()):
-            return lanczos_roots(self, None, inverse=False)[0]
+        return lanczos_roots(self, None, inverse=False)[0]
 
     @override
     def _root_inv_decomposition(
         self, initial_vectors: Tensor | None = None, test_vectors: Tensor | None = None
     ) -> Tensor:
-        with self.linearised(self._root_decomposition_size()):
-            return lanczos_roots(self, initial_vectors, inverse=True)[1]
+        return lanczos_roots(self, initial_vectors, inverse=True)[1]
 
     def precondition_with(self, values: Tensor, vectors: Tensor) -> None:
         """Precondition later solves with ``K + D`` by eigenpairs of K, in the place of a randomised approximation.

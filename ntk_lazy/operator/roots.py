@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from linear_operator.functions._root_decomposition import RootDecomposition
-from linear_operator.operators import LinearOperator
 from torch import Tensor
 
 from ntk_lazy.errors import ArgumentError, ShapeError
@@ -46,19 +46,26 @@ def kept_root(kernel: Any) -> Tensor | None:
     return None if kernel.batch_shape else kernel.settings.root.find(*_place(kernel))
 
 
-def lanczos_roots(operator: LinearOperator, initial_vectors: Tensor | None, *, inverse: bool) -> tuple[Tensor, Tensor]:
+def lanczos_roots(operator: Any, initial_vectors: Tensor | None, *, inverse: bool) -> tuple[Tensor, Tensor]:
     """Return roots of A and, if asked for, of A^-1, by the process of Lanczos, as linear_operator makes them.
 
-    It multiplies with an operator that is built anew, of which a series of products knows nothing: here with A itself.
+    It builds A anew and multiplies with that: here within a series of products, so that these share what they can.
 
-    Cost: ``max_root_decomposition_size`` products with one column, or as many as there are initial vectors.
+    Args:
+        operator: A, with a method ``linearised``.
+        initial_vectors: Where the process starts; None for one random vector.
+        inverse: Whether a root of the inverse is wanted too.
+
+    Cost: ``max_root_decomposition_size`` products with as many columns as there are initial vectors.
     """
-    size = operator._root_decomposition_size()
+    size, tensors = operator._root_decomposition_size(), operator.representation()
     kind = operator.dtype, operator.device, operator.batch_shape, operator.matrix_shape
-    tensors = operator.representation()
-    roots, inverses = RootDecomposition.apply(
-        lambda *_: operator, size, *kind, True, inverse, initial_vectors, *tensors
-    )
+    # Not A itself, which keeps its root: the graph of the root would hold it, and never be freed.
+    again = operator.representation_tree()(*tensors)
+    with nullcontext() if operator.batch_shape else again.linearised(size):
+        roots, inverses = RootDecomposition.apply(
+            lambda *_: again, size, *kind, True, inverse, initial_vectors, *tensors
+        )
     return roots, inverses
 
 
@@ -88,11 +95,11 @@ def root_of_kept_pairs(kernel: Any) -> Tensor | None:
 
 def known_norm(kernel: Any) -> float:
     """Return what a root that is kept shows of the largest eigenvalue of K, from below; 0 if there is none."""
-    root = root_of_kept_pairs(kernel)
-    if root is None and kernel.is_gram_matrix:
-        kept = kept_root(kernel)
-        root = None if kept is None else _scaled(kept, kernel.gramian.scale)
-    return 0.0 if root is None else float(root[:, 0].double().square().sum())
+    if not kernel.is_gram_matrix:
+        return 0.0
+    pairs = kernel.settings.pairs.find(*_place(kernel))
+    root = kept_root(kernel) if pairs is None else pairs
+    return 0.0 if root is None else float(_scaled(root[:, :1], kernel.gramian.scale).double().square().sum())
 
 
 def _place(kernel: Any) -> tuple[FunctionalModel, Tensor, Tensor | None]:
