@@ -26,7 +26,7 @@ from ntk_lazy.linalg.conjugate_gradients import Preconditioner, conjugate_gradie
 from ntk_lazy.linalg.tiles import row_tiles
 from ntk_lazy.operator.log_likelihood import log_likelihood_terms
 from ntk_lazy.operator.preconditioner_rank import preconditioner_rank
-from ntk_lazy.operator.roots import known_norm, lanczos_roots, root_by_products, root_of_kept_pairs
+from ntk_lazy.operator.roots import known_norm, lanczos_inverse_root, lanczos_root, root_by_products, root_of_kept_pairs
 from ntk_lazy.operator.weight_space import WeightSolution, WeightSpace
 from ntk_lazy.solves import MOST_RTOL
 
@@ -254,13 +254,13 @@ class AddedDiagonal(AddedDiagLinearOperator):  # type: ignore[misc]  # linear_op
 
     @override
     def _root_decomposition(self) -> Tensor:
-        return lanczos_roots(self, None, inverse=False)[0]
+        return lanczos_root(self)
 
     @override
     def _root_inv_decomposition(
         self, initial_vectors: Tensor | None = None, test_vectors: Tensor | None = None
     ) -> Tensor:
-        return lanczos_roots(self, initial_vectors, inverse=True)[1]
+        return lanczos_inverse_root(self, initial_vectors)
 
     @override
     def _cholesky(self, upper: bool = False) -> Any:

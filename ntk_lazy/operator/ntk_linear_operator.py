@@ -20,7 +20,7 @@ from ntk_lazy.operator.indices import backward_slices, plain_indices
 from ntk_lazy.operator.job import job_of
 from ntk_lazy.operator.readout import read_entries, write_down
 from ntk_lazy.operator.representation import KernelRepresentation
-from ntk_lazy.operator.roots import keep_pairs, lanczos_roots
+from ntk_lazy.operator.roots import keep_pairs, lanczos_inverse_root, lanczos_root
 from ntk_lazy.operator.side import Side
 from ntk_lazy.plan import Plan
 from ntk_lazy.probes import Probes
@@ -318,13 +318,13 @@ class NTKLinearOperator(KernelRepresentation):
 
     @override
     def _root_decomposition(self) -> Tensor:
-        return lanczos_roots(self, None, inverse=False)[0]
+        return lanczos_root(self)
 
     @override
     def _root_inv_decomposition(
         self, initial_vectors: Tensor | None = None, test_vectors: Tensor | None = None
     ) -> Tensor:
-        return lanczos_roots(self, initial_vectors, inverse=True)[1]
+        return lanczos_inverse_root(self, initial_vectors)
 
     def precondition_with(self, values: Tensor, vectors: Tensor) -> None:
         """Precondition later solves with ``K + D`` by eigenpairs of K, in the place of a randomised approximation.

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from linear_operator.functions._root_decomposition import RootDecomposition
+from linear_operator.operators import RootLinearOperator
+from linear_operator.utils.memoize import add_to_cache
 from torch import Tensor
 
 from ntk_lazy.errors import ArgumentError, ShapeError
@@ -46,27 +48,28 @@ def kept_root(kernel: Any) -> Tensor | None:
     return None if kernel.batch_shape else kernel.settings.root.find(*_place(kernel))
 
 
-def lanczos_roots(operator: Any, initial_vectors: Tensor | None, *, inverse: bool) -> tuple[Tensor, Tensor]:
-    """Return roots of A and, if asked for, of A^-1, by the process of Lanczos, as linear_operator makes them.
+def lanczos_root(operator: Any) -> Tensor:
+    """Return a root of A by the process of Lanczos, as linear_operator makes it; see ``lanczos_inverse_root``."""
+    return _lanczos(operator, None, inverse=False)[0]
 
-    It builds A anew and multiplies with that: here within a series of products, so that these share what they can.
+
+def lanczos_inverse_root(operator: Any, initial_vectors: Tensor | None) -> Tensor:
+    """Return a root of A^-1 by the process of Lanczos, as linear_operator makes it, and keep that of A beside it.
+
+    linear_operator builds A anew and multiplies with that: here within a series of products, so that these share what
+    they can.
 
     Args:
         operator: A, with a method ``linearised``.
         initial_vectors: Where the process starts; None for one random vector.
-        inverse: Whether a root of the inverse is wanted too.
 
     Cost: ``max_root_decomposition_size`` products with as many columns as there are initial vectors.
     """
-    size, tensors = operator._root_decomposition_size(), operator.representation()
-    kind = operator.dtype, operator.device, operator.batch_shape, operator.matrix_shape
-    # Not A itself, which keeps its root: the graph of the root would hold it, and never be freed.
-    again = operator.representation_tree()(*tensors)
-    with nullcontext() if operator.batch_shape else again.linearised(size):
-        roots, inverses = RootDecomposition.apply(
-            lambda *_: again, size, *kind, True, inverse, initial_vectors, *tensors
-        )
-    return roots, inverses
+    roots, inverses = _lanczos(operator, initial_vectors, inverse=True)
+    is_several = initial_vectors is not None and initial_vectors.shape[-1] > 1
+    # Whoever appends rows to A needs both of one process.
+    add_to_cache(operator, "root_decomposition", RootLinearOperator(roots[0] if is_several else roots))
+    return inverses
 
 
 def keep_pairs(kernel: Any, values: Tensor, vectors: Tensor) -> None:
@@ -100,6 +103,18 @@ def known_norm(kernel: Any) -> float:
     pairs = kernel.settings.pairs.find(*_place(kernel))
     root = kept_root(kernel) if pairs is None else pairs
     return 0.0 if root is None else float(_scaled(root[:, :1], kernel.gramian.scale).double().square().sum())
+
+
+def _lanczos(operator: Any, initial_vectors: Tensor | None, *, inverse: bool) -> tuple[Tensor, Tensor]:
+    size, tensors = operator._root_decomposition_size(), operator.representation()
+    kind = operator.dtype, operator.device, operator.batch_shape, operator.matrix_shape
+    # Not A itself, which keeps its root: the graph of the root would hold it, and never be freed.
+    again = operator.representation_tree()(*tensors)
+    with nullcontext() if operator.batch_shape else again.linearised(size):
+        roots, inverses = RootDecomposition.apply(
+            lambda *_: again, size, *kind, True, inverse, initial_vectors, *tensors
+        )
+    return roots, inverses
 
 
 def _place(kernel: Any) -> tuple[FunctionalModel, Tensor, Tensor | None]:

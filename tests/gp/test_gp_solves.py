@@ -198,8 +198,14 @@ def test_factors_are_captured_once_for_a_root(captured: list[int], *, is_shifted
         # It ends where eigenvalues are equal, as those are that noise alone makes.
         assert defect(root @ root.mT, A.to_dense()) < (1e-2 if is_shifted else 1e-6)
         captured.clear()
-        A.root_inv_decomposition(method="lanczos")
+        again = K.add_diagonal(torch.tensor(1e-1, dtype=K.dtype)) if is_shifted else K.detach()
+        inverse = again.root_inv_decomposition(method="lanczos").root.to_dense()
         assert captured == [N]
+        # Both are of one process.
+        root = again.root_decomposition().root.to_dense()
+        assert captured == [N]
+        expected = torch.eye(root.shape[1], dtype=K.dtype)
+        assert not is_shifted or defect(root.mT @ inverse, expected) < 1e-6
 
 
 @pytest.mark.parametrize("is_shifted", [False, True])
