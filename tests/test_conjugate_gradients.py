@@ -91,12 +91,28 @@ def test_few_steps_are_taken_beyond_what_rounding_allows(power: float, noise: fl
     assert found.num_products < 2.5 * least.num_products
 
 
+def test_what_a_later_round_makes_worse_is_not_taken():
+    A, B, calls = torch.diag(torch.tensor([1.0, 2.0, 4.0]).double()), torch.ones(3, 1).double(), []
+
+    def matmul(V: Tensor) -> Tensor:
+        calls.append(V)
+        if len(calls) <= 3:  # steps, after which the recurrence is done
+            return A @ V
+        # It is measured, twice, to be off by a tenth of B; then nothing is right any more.
+        return A @ V - 0.1 * A @ V if len(calls) <= 5 else -A @ V
+
+    found = conjugate_gradients(matmul, B, rtol=1e-6, max_steps=100)
+    assert len(calls) > 5
+    torch.testing.assert_close(found.residuals, torch.full((1, 1), 0.1).double())
+    torch.testing.assert_close(A @ found.X, B)
+
+
 def test_a_norm_that_steps_do_not_show_can_be_given():
     n, noise = 600, 3e-7
     values = torch.arange(1, n + 1, dtype=torch.float64) ** -3.0
     Q = torch.linalg.qr(torch.randn(n, n, generator=Generator().manual_seed(1), dtype=torch.float64))[0]
     A, B = ((Q * (values + noise)) @ Q.mT).float(), torch.randn(n, 1, generator=Generator().manual_seed(0))
-    # Knows all but the second half of the spectrum.
+    # Knows the first 20 directions, so that steps have next to nothing of the largest.
     inverse = ((Q / (torch.where(torch.arange(n) < 20, values, values[20]) + noise)) @ Q.mT).float()
     counts = [
         conjugate_gradients(

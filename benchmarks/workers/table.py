@@ -39,14 +39,8 @@ def joined(earlier: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
     best = max(later["machine"]["gflops"].values())
     rows = [row | {"gflops": best} for row in later["rows"]]
     again = {row["measure"] for row in rows}
-    found: list[Row] = []
-    for row in earlier["rows"]:
-        name = row["measure"]
-        if name not in again:
-            found.append(row)
-        else:
-            found += [one for one in rows if one["measure"] == name and one not in found]
-    found += [row for row in rows if row not in found]
+    names = dict.fromkeys(row["measure"] for row in (*earlier["rows"], *rows))
+    found = [row for name in names for row in (rows if name in again else earlier["rows"]) if row["measure"] == name]
     columns = later["columns"] or earlier["columns"]
     return earlier | {"rows": found, "columns": columns}
 
