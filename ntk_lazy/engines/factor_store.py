@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeAlias, final
 
+import torch
 from torch import Tensor
 
 from ntk_lazy.engines.chunks import is_same_view, require, slack, slices, working_set
@@ -24,8 +25,9 @@ _ANY_NUMBER = 1 << 62
 _PASS_SHARE = 0.25  # of the budget: a forward and a backward pass
 _PASS_SETS = 2  # working sets of one: twice the examples take a fifth off a transformer, whose operations are many
 
-
 Chunked: TypeAlias = Callable[[], Iterable[Chunk]]  # goes through all chunks, as often as it is called
+# Examples with their chunks, the set that was last asked for at the end.
+Kept: TypeAlias = dict[tuple[int, torch.Size, tuple[int, ...], frozenset[str]], tuple[Tensor, list[Chunk]]]
 
 
 @final
@@ -60,7 +62,7 @@ class Group:
 
 @final
 class FactorStore:
-    """Captures the factors of examples, chunk by chunk, and holds those of the last examples in a series.
+    """Captures the factors of examples, chunk by chunk, and holds those of the last few sets of examples in a series.
 
     Attributes:
         budget: Bytes; half of them are for what is held.
@@ -83,11 +85,11 @@ class FactorStore:
         self.budget, self._asked_size = budget, chunk_size
         self.scratch = scratch
         # With the inputs: while these are held, no others can lie at the address that stands in the key.
-        self._kept: dict[tuple[object, ...], tuple[Tensor, list[Chunk]]] | None = None
+        self._kept: Kept | None = None
 
     @contextmanager
     def keeping(self) -> Iterator[None]:
-        """Hold the factors of the last examples between products, within the context."""
+        """Hold factors between products, within the context: of the sets that were last asked for, as many as fit."""
         if self._kept is not None:
             yield
             return
@@ -130,8 +132,7 @@ class FactorStore:
         """Bytes that are held while a product runs."""
         if not self.fits(num_examples):
             return self.chunk_size(num_examples) * self.bytes_per_example
-        extra = sum(self._extra_bytes(name) for name in self.row_parameters(num_examples) - self._compact)
-        return num_examples * (self.bytes_per_example + extra)
+        return self._set_bytes(num_examples, self.row_parameters(num_examples))
 
     def half_size(self) -> int:
         """Examples of one of two sets whose factors are held together."""
@@ -197,7 +198,7 @@ class FactorStore:
             held = self._kept[key][1]
         else:
             if self._kept is not None:
-                self._kept.clear()
+                self._make_room(self._kept, self._set_bytes(x.shape[0], as_rows))
             allocate = None if self.scratch is None or self.fits(together) else self.scratch.empty
             held = join(self.capture(x, as_rows=as_rows), x.shape[0], allocate)
             if self._kept is not None:
@@ -214,11 +215,27 @@ class FactorStore:
                 uses |= {name: [_as_rows(uses[name])] for name in as_rows if uses[name]}
             yield Chunk(examples, tuple(factors))
 
+    def _make_room(self, kept: Kept, num_bytes: int) -> None:
+        """Let go of the sets whose turn is longest ago, until there is room for so many bytes more or none is left."""
+        while kept:
+            held = sum(self._set_bytes(x.shape[0], as_rows) for (*_, as_rows), (x, _) in kept.items())
+            if held + num_bytes <= self.budget * _KEPT_SHARE:
+                break
+            del kept[next(iter(kept))]
+
+    def _set_bytes(self, num_examples: int, as_rows: frozenset[str]) -> int:
+        """Bytes of the factors of so many examples, some parameters as rows of J."""
+        extra = sum(self._extra_bytes(name) for name in as_rows - self._compact)
+        return num_examples * (self.bytes_per_example + extra)
+
     def _part_of_kept(self, x: Tensor, as_rows: frozenset[str] | None) -> list[Chunk] | None:
         """The factors of a stretch of the examples whose factors are held."""
-        for key, (whole, held) in (self._kept or {}).items():
+        if self._kept is None:
+            return None
+        for key, (whole, held) in self._kept.items():
             start = _offset(x, whole)
             if start is not None and as_rows in (None, key[-1]):
+                self._kept[key] = self._kept.pop(key)  # as the last one that was asked for
                 found = [chunk.within(slice(start, start + x.shape[0])) for chunk in held]
                 return [chunk for chunk in found if chunk is not None]
         return None
