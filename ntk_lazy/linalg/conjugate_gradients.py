@@ -22,6 +22,7 @@ Scalars: TypeAlias = Float[Tensor, "*batch 1 k"]
 _MOST_ROUNDS = 8
 _GAIN = 0.5  # of a round that is worth another one
 _NEXT_LOOK = 0.3  # of a residual that was measured: where it is measured again
+_QUADRATURE_RTOL = 1e-2
 _OTHER_UNIT = 3.0  # not a power of two: everything rounds anew
 
 
@@ -80,7 +81,7 @@ def conjugate_gradients(
         min_steps: Least steps of a column, unless its residual vanishes.
         preconditioner: Makes the steps fewer; None for none.
         num_tridiagonal: Columns from the first on for which the Lanczos matrices are wanted.
-        tridiagonal_steps: Most steps of these.
+        tridiagonal_steps: Most steps of these; fewer where quadratures are right to ``rtol² / 2``, or 5e-5, before.
 
     Cost: A product with all columns that are not done, for each step, and one with all at the end of each round; most
         solves have one round. Columns whose residual falls below ``eps ‖A‖ ‖x‖`` are measured in between, at each third
@@ -94,13 +95,13 @@ def conjugate_gradients(
     residuals = torch.where(norms > 0, 1.0, 0.0).to(norms)
     rounding = torch.zeros_like(residuals)
     num_products, steps_left = 0, max_steps
-    tridiagonal = _Tridiagonal(num_tridiagonal, min(tridiagonal_steps, B.shape[-2], max_steps))
+    tridiagonal = _Tridiagonal(num_tridiagonal, min(tridiagonal_steps, B.shape[-2], max_steps), rtol)
     pending = _columns(norms > 0)
     for number in range(_MOST_ROUNDS):
         if not len(pending) or steps_left <= 0:
             break
         own, goal = torch.where(norms > 0, norms, 1.0)[..., pending], rtol * norms[..., pending]
-        recorder = tridiagonal if number == 0 else None
+        recorder = tridiagonal if number == 0 else _Tridiagonal(0, 0, rtol)
         least = min_steps if number == 0 else 0
         D, steps, products = _round(matmul, R[..., pending], goal, steps_left, least, preconditioner, recorder, pending)
         steps_left -= steps
@@ -130,7 +131,7 @@ def _round(
     max_steps: int,
     min_steps: int,
     preconditioner: Preconditioner | None,
-    recorder: _Tridiagonal | None,
+    recorder: _Tridiagonal,
     numbers: Tensor,
 ) -> tuple[Columns, int, int]:
     """Step until the recurrence says that all columns are done, or is wrong: corrections, steps and products."""
@@ -140,6 +141,7 @@ def _round(
     largest, look = torch.full_like(first, preconditioner.norm if preconditioner else 0.0), first + torch.inf
     Z = R if preconditioner is None else preconditioner.inverse(R)
     P, rho = Z.clone(), _inner(R, Z)
+    recorder.begin(numbers, rho)
     places = torch.arange(R.shape[-1], device=R.device)  # of the columns that are not done
     products = 0
     for step in range(max_steps):
@@ -153,13 +155,11 @@ def _round(
         Z = R if preconditioner is None else preconditioner.inverse(R)
         before, rho = rho, _inner(R, Z)
         beta = torch.where(can_step, rho / torch.where(can_step, before, 1.0), 0.0)
-        if recorder is not None:
-            recorder.add(step, alpha, beta, numbers[places])
+        recorder.add(step, alpha, beta, numbers[places])
         size, largest = _norms(R), largest.maximum((_norms(Q) / _norms(P)).nan_to_num(0.0, posinf=0.0))
         vanished = size <= torch.finfo(R.dtype).eps * first[..., places]
         needed = torch.full_like(size, step + 1 < min_steps, dtype=torch.bool)
-        if recorder is not None:
-            needed |= recorder.wants(step + 1, numbers[places])
+        needed |= recorder.wants(step + 1, numbers[places], rho)
         is_above = size > goal[..., places]
         shown = torch.finfo(R.dtype).eps * largest * _norms(D[..., places])
         is_due = is_above & (size < shown) & (size < look)
@@ -180,11 +180,29 @@ def _round(
 
 
 class _Tridiagonal:
-    """Collects the coefficients of the steps, from which the Lanczos matrices follow."""
+    """Collects the coefficients of the steps, from which the Lanczos matrices follow.
 
-    def __init__(self, num_columns: int, num_steps: int) -> None:
+    They are for quadratures of ``bᵀ log(A) b``, with the preconditioner in A and the norm. Once the residual is r these
+    are off by about ``‖r‖² / 2``: the error of ``bᵀ (A + t I)⁻¹ b`` is ``rᵀ (A + t I)⁻¹ r`` with the residual of that
+    system, which is parallel to r and falls as ``1 / (1 + t / λ_n)``, and the logarithm is an integral over t. Further
+    steps are for nothing.
+
+    Attributes:
+        num_columns: From the first on.
+        num_steps: Most.
+        rtol: Of the residual, where a column needs no further step.
+    """
+
+    def __init__(self, num_columns: int, num_steps: int, rtol: float) -> None:
         self.num_columns, self.num_steps = num_columns, num_steps
+        self.rtol = min(rtol, _QUADRATURE_RTOL)
+        self._goal = torch.zeros(())
         self._steps: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def begin(self, numbers: Tensor, rho: Scalars) -> None:
+        """Note the squares of the columns with these numbers, in the norm of the preconditioner."""
+        self._goal = rho.new_zeros(*rho.shape[:-1], int(numbers.max()) + 1)
+        self._goal[..., numbers] = self.rtol**2 * rho
 
     def add(self, step: int, alpha: Scalars, beta: Scalars, numbers: Tensor) -> None:
         """Note a step of the columns with these numbers."""
@@ -192,9 +210,9 @@ class _Tridiagonal:
             own = numbers < self.num_columns
             self._steps.append((alpha[..., own], beta[..., own], numbers[own]))
 
-    def wants(self, step: int, numbers: Tensor) -> Tensor:
-        """Which columns have to take another step."""
-        return (numbers < self.num_columns) & (step < self.num_steps)
+    def wants(self, step: int, numbers: Tensor, rho: Scalars) -> Tensor:
+        """Which columns have to take another step, with these squares of residuals."""
+        return (numbers < self.num_columns) & (step < self.num_steps) & (rho > self._goal[..., numbers])
 
     def matrices(self, B: Columns) -> Tensor:
         """Write them down: ``1/α_i + β_{i-1}/α_{i-1}`` on the diagonal, ``√β_i / α_i`` beside it."""
