@@ -28,7 +28,7 @@ from networks import CASES
 import ntk_lazy as nl
 from ntk_lazy.linalg.conjugate_gradients import Preconditioner, conjugate_gradients
 from ntk_lazy.linalg.nystrom import nystrom_root
-from ntk_lazy.solves import SAMPLED_ROWS, Solve, Spectrum, cheapest_rank
+from ntk_lazy.solves import Solve, Spectrum, cheapest_rank, num_sampled_rows
 
 RTOL, MOST, RANK = 1e-6, 1000, 50
 NOISES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -60,7 +60,7 @@ class Counted:
 
 def chosen(A: Tensor, noise: float) -> int:
     """The rank that a plan chooses, from a sample of rows."""
-    rows = torch.randperm(len(A), generator=torch.Generator().manual_seed(0))[:SAMPLED_ROWS]
+    rows = torch.randperm(len(A), generator=torch.Generator().manual_seed(0))[: num_sampled_rows(len(A))]
     spectrum = Spectrum.of_sample(torch.linalg.eigvalsh(A[rows][:, rows]), len(A))
     return cheapest_rank(Solve(noise=noise, rtol=RTOL), spectrum, A.dtype, most=len(A))
 

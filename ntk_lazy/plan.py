@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Literal, Self, TypeAlias, get_args
 
@@ -146,7 +146,8 @@ class Job:
         asked = self.solve.job
         right = _counted(asked.right_hand_sides, "right-hand side")
         many = f", {asked.num_solves:,} times" if asked.num_solves > 1 else ""
-        made = f" and a preconditioner of rank {asked.rank:,}" if asked.rank else ""
+        source = "columns of K" if self.solve.costs.is_written else "a product with random columns"
+        made = f" and a preconditioner of rank {asked.rank:,} from {source}" if asked.rank else ""
         steps = f"{_counted(self.solve.iterations, 'iteration')} of conjugate gradients"
         return (
             f"(K + {asked.noise:g} I) X = B, {right}, rtol = {asked.rtol:g}{many}: {products}, "
@@ -212,6 +213,9 @@ class Plan:
                 num_examples, is_symmetric=is_symmetric, columns=job.num_columns, calls=job.num_products
             )
             if job.solve is not None:
+                column = alternatives[0].seconds / job.total_columns
+                others = column * job.solve.other_columns
+                alternatives = tuple(replace(way, seconds=way.seconds + others) for way in alternatives)
                 by_weights = weight_alternative(engine, num_examples[0], shape[-1], job.solve)
                 alternatives = ranked([*alternatives, *([] if by_weights is None else [by_weights])])
             why = _reason(alternatives, job, prod(shape[-2:]) * model.dtype.itemsize)

@@ -13,12 +13,26 @@ from ntk_lazy.counts import check_count
 from ntk_lazy.errors import ArgumentError
 
 SAMPLED_ROWS = 512
-"""Rows of K whose eigenvalues stand for those of K. With 256, counts were 3 times too low at a noise of 1e-3."""
+"""Least rows of K whose eigenvalues stand for those of K. With 256, counts were 3 times too low at a noise of 1e-3."""
+_MOST_SAMPLED_ROWS = 2048
+_SAMPLED_SHARE = 1 / 32
 MOST_RTOL = 0.5
 """The loosest tolerance that is planned for; linear_operator's own default asks for nothing."""
+TYPICAL_STEPS = 50
+"""Of conjugate gradients, where a choice has to be made before they are counted."""
+COLUMNS_PER_RANK = 1.5
+"""Columns of K that are written down for each one of a root: a fifth fewer iterations than with one. With two it is a
+quarter, for twice the algebra."""
 _GROUPS = 2000  # of eigenvalues that the sample does not resolve
 _MOST_ITERATIONS = 10_000
 _LEAST_RANK = 16
+# As many operations as matrix products in the dtype of K do in that time. For a root, in float64, times n and the rank
+# squared; for the eigendecomposition times the columns cubed; for the inverse times n, the rank and the columns that it
+# multiplies, few at a time, at less than half of the rate.
+_ROOT_FLOPS = 32.0
+_WRITTEN_ROOT_FLOPS = 25.0
+_EIGEN_FLOPS = 35.0
+_INVERSE_FLOPS = 20.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +43,7 @@ class Solve:
         noise: Added to the diagonal, in the units of K; positive.
         right_hand_sides: Columns of B; all of them are multiplied in each iteration.
         rtol: ``‖(K + noise I) x − b‖ <= rtol ‖b‖`` for each column.
-        rank: Columns of a randomised Nyström preconditioner, 0 for none.
+        rank: Of a randomised Nyström preconditioner, 0 for none.
         num_solves: Of one kernel, in a row, as training has them: noise and scale change, and the preconditioner stays.
     """
 
@@ -48,6 +62,47 @@ class Solve:
         check_count(self.num_solves, "num_solves")
         if self.rank != 0:
             check_count(self.rank, "rank")
+
+
+@dataclass(frozen=True)
+class ColumnCosts:
+    """What else is done with columns of n rows, in columns that K multiplies: one of these takes 1.
+
+    Attributes:
+        written: A column of K that is written down.
+        flop: An operation, at the rate of matrix products.
+        num_rows: n.
+    """
+
+    written: float = math.inf
+    flop: float = 0.0
+    num_rows: int = 0
+
+    @property
+    def is_written(self) -> bool:
+        """Whether a root is made from columns of K, which are then cheaper than a product with random ones."""
+        return COLUMNS_PER_RANK * self.written < 1
+
+    def num_columns(self, rank: int) -> int:
+        """Columns that a root of this rank is made from."""
+        return math.ceil(COLUMNS_PER_RANK * rank) if self.is_written else rank
+
+    def root(self, rank: int, known: int = 0) -> float:
+        """Make the columns for a root, where one of rank ``known`` is there; a product serves one that grows."""
+        if rank == known:
+            return 0.0
+        return self.num_columns(rank) * self.written if self.is_written else float(rank - known)
+
+    def algebra(self, rank: int, known: int = 0) -> float:
+        """Make the root from them."""
+        if rank == known:
+            return 0.0
+        each = _WRITTEN_ROOT_FLOPS if self.is_written else _ROOT_FLOPS
+        return self.flop * (each * self.num_rows * rank**2 + _EIGEN_FLOPS * self.num_columns(rank) ** 3)
+
+    def inverse(self, rank: int) -> float:
+        """Apply the preconditioner to a column."""
+        return self.flop * _INVERSE_FLOPS * self.num_rows * rank
 
 
 @dataclass(frozen=True)
@@ -87,19 +142,22 @@ class Spectrum:
         tail = last * places**-most
         return cls(torch.cat([values[:kept], tail]), torch.cat([torch.ones_like(values[:kept]), counts]))
 
-    def preconditioned(self, rank: int) -> Spectrum:
+    def preconditioned(self, rank: int, num_columns: int) -> Spectrum:
         """Bring the first ones down to the level that a randomised Nyström preconditioner of this rank leaves.
 
-        Of ``r`` columns it knows the first ``q`` pairs well, where ``q`` makes ``λ_{q+1} / (r − q − 1)`` small: one
-        half to two thirds of them where eigenvalues decay like a power, nearly all where they drop.
+        From ``c`` columns it knows the first ``q`` pairs well, where ``q`` makes ``λ_{q+1} / (c − q − 1)`` small: one
+        half to two thirds of them where eigenvalues decay like a power, nearly all where they drop. Of these it keeps
+        as many as its rank.
 
         Source: after Tropp, Yurtsever, Udell and Cevher, Fixed-rank approximation of a positive-semidefinite matrix
             (NIPS 2017), theorem 4.1, with the largest of the eigenvalues that are left in place of their sum.
         """
         if rank < 2:
             return self
-        first = self.values.repeat_interleave(self.counts.long())[: rank - 1]
-        level = first[(first / torch.arange(rank - 1, 0, -1)).argmin()]
+        values = self.values.repeat_interleave(self.counts.long())
+        first = values[: num_columns - 1]
+        known = int((first / torch.arange(num_columns - 1, 0, -1)[: len(first)]).argmin())
+        level = values[min(known, rank, len(values) - 1)]
         return Spectrum(self.values.clamp_max(float(level)), self.counts)
 
 
@@ -109,18 +167,20 @@ class PredictedSolve:
 
     Attributes:
         job: What is solved.
+        costs: Of columns beside those of products.
         iterations: Products with all right-hand sides in one solve, those that make the preconditioner not counted.
         most_iterations: What the condition number alone promises; far more where eigenvalues decay fast.
         condition: Estimated condition number of ``K + noise I``, preconditioned.
     """
 
     job: Solve
+    costs: ColumnCosts
     iterations: int
     most_iterations: int
     condition: float
 
     @classmethod
-    def of(cls, job: Solve, spectrum: Spectrum, dtype: torch.dtype) -> PredictedSolve:
+    def of(cls, job: Solve, spectrum: Spectrum, dtype: torch.dtype, costs: ColumnCosts | None = None) -> PredictedSolve:
         """Run conjugate gradients on a diagonal matrix with a spectrum, in the arithmetic of a dtype.
 
         Rounding is a part of it: directions of large eigenvalues come back when orthogonality to them is lost, and
@@ -135,7 +195,8 @@ class PredictedSolve:
             the norm of errors to that of residuals. The preconditioner: Frangella, Tropp and Udell, Randomized
             Nyström preconditioning (SIAM J. Matrix Anal. Appl. 44, 2023).
         """
-        eased = spectrum.preconditioned(job.rank)
+        costs = costs or ColumnCosts()
+        eased = spectrum.preconditioned(job.rank, costs.num_columns(job.rank))
         condition = 1 + float(eased.values.max()) / job.noise
         root = math.sqrt(condition)
         most = math.ceil(0.5 * root * math.log(2 * root / job.rtol))
@@ -143,15 +204,39 @@ class PredictedSolve:
         # In units of the noise, so that no dtype overflows for its scale.
         diagonal = (eased.values / job.noise + 1).to(working)
         iterations = _count_iterations(diagonal, eased.counts.sqrt().to(working), job.rtol, limit=_MOST_ITERATIONS)
-        return cls(job, most if iterations is None else iterations, most, condition)
+        return cls(job, costs, most if iterations is None else iterations, most, condition)
 
     @property
     def num_products(self) -> int:
-        """Products with as many columns as there are right-hand sides, those of the preconditioner among them."""
-        return self.job.num_solves * self.iterations + math.ceil(self.job.rank / self.job.right_hand_sides)
+        """Products with as many columns as there are right-hand sides.
+
+        That with which each solve measures its residual is among them, and what makes the preconditioner.
+        """
+        made = math.ceil(self.costs.root(self.job.rank) / self.job.right_hand_sides)
+        return self.job.num_solves * (self.iterations + 1) + made
+
+    @property
+    def other_columns(self) -> float:
+        """What makes and applies the preconditioner beside products, in columns of these."""
+        job = self.job
+        multiplied = job.num_solves * job.right_hand_sides * self.iterations
+        return self.costs.algebra(job.rank) + multiplied * self.costs.inverse(job.rank)
 
 
-def cheapest_rank(job: Solve, spectrum: Spectrum, dtype: torch.dtype, *, most: int, known: int = 0) -> int:
+def num_sampled_rows(num_rows: int) -> int:
+    """Rows of K whose eigenvalues stand for those of K: with more rows, more eigenvalues are above a noise."""
+    return min(num_rows, max(SAMPLED_ROWS, min(int(_SAMPLED_SHARE * num_rows), _MOST_SAMPLED_ROWS)))
+
+
+def cheapest_rank(
+    job: Solve,
+    spectrum: Spectrum,
+    dtype: torch.dtype,
+    *,
+    most: int,
+    known: int = 0,
+    costs: ColumnCosts | None = None,
+) -> int:
     """Choose the rank of a Nyström preconditioner that makes all solves of a job the cheapest.
 
     Args:
@@ -159,8 +244,9 @@ def cheapest_rank(job: Solve, spectrum: Spectrum, dtype: torch.dtype, *, most: i
         spectrum: Of the kernel.
         dtype: Of the products.
         most: The largest rank that there is memory for.
-        known: The rank of a preconditioner that was made before and costs nothing, 0 for none; a larger one costs what
-            it has more.
+        known: The rank of a preconditioner that was made before and costs nothing, 0 for none. A larger one that comes
+            from products costs what it has more.
+        costs: Of columns beside those of products; None where products alone count.
 
     Returns:
         0, ``known``, ``most``, or a rank below it of 16, 23, 32, 45, 64, ...: half powers of two.
@@ -170,15 +256,20 @@ def cheapest_rank(job: Solve, spectrum: Spectrum, dtype: torch.dtype, *, most: i
     steps = range(2 * max(most, 1).bit_length())
     ranks = sorted({most, *(rank for step in steps if (rank := round(_LEAST_RANK * 2 ** (step / 2))) < most)})
 
-    def columns(rank: int) -> int:
-        iterations = PredictedSolve.of(replace(job, rank=rank), spectrum, dtype).iterations
-        return job.num_solves * job.right_hand_sides * iterations + max(0, rank - known)
+    costs = costs or ColumnCosts()
+
+    def made(rank: int) -> float:
+        return costs.root(rank, known) + costs.algebra(rank, known)
+
+    def columns(rank: int) -> float:
+        iterations = PredictedSolve.of(replace(job, rank=rank), spectrum, dtype, costs).iterations
+        return job.num_solves * job.right_hand_sides * iterations * (1 + costs.inverse(rank)) + made(rank)
 
     best, least = known, columns(known)
     for rank in ranks:
         if rank <= known or rank < _LEAST_RANK:
             continue
-        if rank - known >= least:
+        if made(rank) >= least:
             break  # it costs more than the solves do
         asked = columns(rank)
         if asked < least:

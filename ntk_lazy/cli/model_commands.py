@@ -53,7 +53,7 @@ example:
   ntk-lazy explain --model mynet:build --data x.npy --pairs 200
       the same for all products of a search for 200 eigenpairs
   ntk-lazy explain --model mynet:build --data x.npy --noise 0.1
-      the same for a solve with K + 0.1 I by conjugate gradients, whose iterations are predicted from 512 rows of K
+      the same for a solve with K + 0.1 I by conjugate gradients, whose iterations are predicted from some rows of K
 {_MODEL_NOTE}"""
 _DOCTOR_EXAMPLE = f"""\
 example:

@@ -21,6 +21,7 @@ from ntk_lazy.model import FunctionalModel
 from ntk_lazy.outputs import OutputLayout
 from ntk_lazy.precision import ieee_precision
 from ntk_lazy.shapes import Block, SmallMatrix
+from ntk_lazy.solves import ColumnCosts
 
 # Names of the inputs among the names of parameters; no parameter of a module can be called so.
 X1, X2 = "<x1>", "<x2>"
@@ -182,6 +183,17 @@ class Engine(ABC):
                 return self.product(x1, x2, units)
             out[:, columns] = self.product(x1, x2, units)
         return out
+
+    def column_costs(self, num_examples: int, *, written: int, multiplied: int, calls: int) -> ColumnCosts:
+        """Predict what columns of a square K take, and operations with them, beside products.
+
+        Args:
+            num_examples: N.
+            written: Columns that are written down at a time, each of another example.
+            multiplied: Columns of a product.
+            calls: Products in a series.
+        """
+        return ColumnCosts()
 
     def entries(self, x1: Tensor, x2: Tensor, rows1: RowIndex, rows2: RowIndex) -> Entries:
         """Read ``(J1 J2ᵀ)[rows1, rows2]`` pair by pair; follows the caller's grad mode.

@@ -7,7 +7,7 @@ reaches on CPUs. They rank engines and predict within a factor of two; they prom
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 from ntk_lazy.engines.contract import Preflight
@@ -16,6 +16,7 @@ from ntk_lazy.engines.linearisation import LinearisationMode
 from ntk_lazy.engines.rates import Rates
 from ntk_lazy.engines.uses import contraction_cost, rows_cost
 from ntk_lazy.outputs import OutputLayout
+from ntk_lazy.solves import ColumnCosts
 
 _SHARE_OF_RATE = {
     "autodiff": 0.7,
@@ -131,6 +132,21 @@ class CostModel:
             examples = n1 if self.is_symmetric else n1 + n2
             seconds += examples * (1 + 2 * q) * self._seconds_alone
         return self.layout.passes * seconds
+
+    def columns(self, product: float, *, written: int) -> ColumnCosts:
+        """What columns of K take that are written down, some at a time and each of another example.
+
+        Args:
+            product: Seconds of a column in a product.
+            written: How many at a time, from factors of the rows that are there.
+        """
+        n = self.num_examples[0]
+        rows_and_columns = replace(self, num_examples=(n, written), is_symmetric=False)
+        own = replace(self, num_examples=(written, written), is_symmetric=True)
+        seconds = min(rows_and_columns.tiles(), rows_and_columns.products(written)) + own.capture()
+        return ColumnCosts(
+            seconds / written / product, 1 / (self.rates.flops * product), n * self.layout.rows_per_example
+        )
 
     def kept_products(self, columns: int, calls: int = 1) -> float:
         """Products with a K that is there: by its operations or by reading it, whichever takes longer."""

@@ -37,6 +37,7 @@ from ntk_lazy.model import FunctionalModel
 from ntk_lazy.outputs import OutputLayout
 from ntk_lazy.precision import differentiable_attention, ieee_precision
 from ntk_lazy.shapes import Block, SmallMatrix
+from ntk_lazy.solves import ColumnCosts
 
 _ROWS_SHARE = 0.0625  # of the budget: rows of J of one layer
 _BLOCK_SHARE = 0.25  # of the budget: parameter columns of one layer, or of all
@@ -205,12 +206,20 @@ class FactorEngine(Engine):
 
     @override
     def _prefers_tiles(self, num_examples1: int, num_examples2: int, num_columns: int) -> bool:
+        cost = self._cost(num_examples1, num_examples2, is_symmetric=False)
+        return cost.tiles() <= cost.products(num_columns)
+
+    @override
+    def column_costs(self, num_examples: int, *, written: int, multiplied: int, calls: int) -> ColumnCosts:
+        cost = self._cost(num_examples, num_examples, is_symmetric=True)
+        return cost.columns(cost.products(multiplied) / multiplied, written=written)
+
+    def _cost(self, num_examples1: int, num_examples2: int, *, is_symmetric: bool) -> CostModel:
         rates = machine_rates(self.model.device, self.model.dtype)
         sizes, itemsize = (num_examples1, num_examples2), self.model.dtype.itemsize
-        cost = CostModel(
-            self.preflight, self.coverage, self.layout, self.model.num_params, sizes, False, itemsize, rates
+        return CostModel(
+            self.preflight, self.coverage, self.layout, self.model.num_params, sizes, is_symmetric, itemsize, rates
         )
-        return cost.tiles() <= cost.products(num_columns)
 
     @override
     def chunks(self, num_examples: int, num_columns: int) -> Chunks:

@@ -33,6 +33,7 @@ from ntk_lazy.errors import BudgetError
 from ntk_lazy.model import FunctionalModel
 from ntk_lazy.outputs import OutputLayout
 from ntk_lazy.shapes import Block, SmallMatrix
+from ntk_lazy.solves import ColumnCosts
 
 Result = TypeVar("Result")
 
@@ -193,6 +194,16 @@ class PlannedEngine(Engine):
     def columns(self, x1: Tensor, x2: Tensor, which: RowIndex) -> GramMatrix:
         chosen = self._series or self._for_columns(x1.shape[0], x2.shape[0], which.shape[0])
         return self._try(self._begun(chosen), lambda engine: engine.columns(x1, x2, which))
+
+    @override
+    def column_costs(self, num_examples: int, *, written: int, multiplied: int, calls: int) -> ColumnCosts:
+        if self.factors is None or isinstance(self._series, AutodiffEngine):
+            return ColumnCosts()
+        cost = self._cost((num_examples, num_examples), True)
+        ways = [way.seconds for way in self._by_layers(cost, multiplied, calls) if way.num_bytes is not None]
+        # At its best; how the model differentiates is not found out for this.
+        ways.append(cost.autodiff(multiplied, calls, mode="forward-over-reverse"))
+        return cost.columns(min(ways) / (multiplied * calls), written=written)
 
     @override
     def entries(self, x1: Tensor, x2: Tensor, rows1: RowIndex, rows2: RowIndex) -> Entries:

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TypeAlias
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ntk_lazy.linalg.orthogonal_root import Root, orthogonal_root, rounding
 from ntk_lazy.linalg.tiles import row_tiles
 
-Root: TypeAlias = Float[Tensor, "*batch n rank"]
-Tiles: TypeAlias = Callable[[], Iterator[tuple[slice, Tensor]]]
-
-_TINY = torch.finfo(torch.float64).tiny ** 0.5  # of K = 0 the root is zero
-_LEAN = 1.0  # in eps of the root: what columns may lean to each other
 _GROWTH = 10.0  # of a shift that leaves a matrix indefinite
 
 
@@ -58,7 +53,7 @@ def nystrom_root(
         return torch.full_like(Y, torch.nan)  # whoever solves with it sees that
     asymmetry = torch.linalg.matrix_norm(small - small.mT, keepdim=True)
     small = (small + small.mT) / 2
-    shift = asymmetry.maximum(_rounding(size, n))
+    shift = asymmetry.maximum(rounding(size, n))
     C, info = torch.linalg.cholesky_ex(small + shift * eye)
     while bool(info.any()):
         shift = torch.where(info[..., None, None] > 0, _GROWTH * shift, shift)
@@ -70,7 +65,7 @@ def nystrom_root(
             shifted = Y[..., tile, :].double() + shift * Omega[tile].double()
             yield tile, torch.linalg.solve_triangular(C.mT, shifted, upper=True, left=False)
 
-    return _orthogonal_columns(whitened, shift, out=torch.empty_like(Y))
+    return orthogonal_root(whitened, rank, shift, out=torch.empty_like(Y))
 
 
 def extended_root(matmul: Callable[[Tensor], Tensor], root: Float[Tensor, "*batch n known"], rank: int) -> Root:
@@ -103,47 +98,7 @@ def extended_root(matmul: Callable[[Tensor], Tensor], root: Float[Tensor, "*batc
 
     # Where nothing was left, columns are rounding.
     size = torch.linalg.matrix_norm(root, keepdim=True, dtype=torch.float64).square()
-    return _orthogonal_columns(joined, _rounding(size, n), out=out)
-
-
-def _orthogonal_columns(tiles: Tiles, shift: Tensor, *, out: Root) -> Root:
-    """Write L with orthogonal columns into ``out``, with ``L Lᵀ = B Bᵀ - shift I`` on the space of B.
-
-    Args:
-        tiles: Gives rows of B, in float64, as often as it is called.
-        shift: Not negative.
-        out: As wide as B.
-    """
-    # From the Gram matrix of products with K small values would be lost: it has the squares.
-    rank = out.shape[-1]
-    gram = torch.zeros(*out.shape[:-2], rank, rank, dtype=torch.float64, device=out.device)
-    for _, B in tiles():
-        gram += B.mT @ B
-    values, V = torch.linalg.eigh(gram)
-    values, V = values.flip(-1), V.flip(-1)
-    roots = (values - shift.squeeze(-1)).clamp_min(0).sqrt()
-    # Columns of length one; without a value there is none.
-    is_there = roots > 0
-    S = V * torch.where(is_there, values.clamp_min(_TINY).rsqrt(), 0).unsqueeze(-2)
-    # Those of small values lean to those of large ones by eps of their ratio.
-    least = torch.where(is_there, values, torch.inf).amin(-1)
-    if bool((torch.finfo(torch.float64).eps * values[..., 0] > _LEAN * torch.finfo(out.dtype).eps * least).any()):
-        # Straightened from the largest on.
-        overlap = torch.diag_embed((~is_there).double())
-        for _, B in tiles():
-            Q = B @ S
-            overlap += Q.mT @ Q
-        R, _ = torch.linalg.cholesky_ex(overlap, upper=True)
-        S = torch.linalg.solve_triangular(R, S, upper=True, left=False)
-    S = S * roots.unsqueeze(-2)
-    for tile, B in tiles():
-        out[..., tile, :] = B @ S
-    return out
-
-
-def _rounding(size: Tensor, n: int) -> Tensor:
-    """What sums over n rows in float64 are off by."""
-    return (n**0.5 * torch.finfo(torch.float64).eps * size).clamp_min(_TINY)
+    return orthogonal_root(joined, rank, rounding(size, n), out=out)
 
 
 def _gram(X: Tensor, Y: Tensor) -> Tensor:

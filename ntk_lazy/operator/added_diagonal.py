@@ -26,14 +26,13 @@ from ntk_lazy.linalg.conjugate_gradients import Preconditioner, conjugate_gradie
 from ntk_lazy.linalg.tiles import row_tiles
 from ntk_lazy.operator.log_likelihood import log_likelihood_terms
 from ntk_lazy.operator.preconditioner_rank import preconditioner_rank
-from ntk_lazy.operator.roots import known_norm, lanczos_inverse_root, lanczos_root, root_by_products, root_of_kept_pairs
+from ntk_lazy.operator.roots import known_norm, lanczos_inverse_root, lanczos_root, randomised_root, root_of_kept_pairs
 from ntk_lazy.operator.weight_space import WeightSolution, WeightSpace
-from ntk_lazy.solves import MOST_RTOL
+from ntk_lazy.solves import MOST_RTOL, TYPICAL_STEPS
 
 Preconditioning: TypeAlias = tuple[Callable[[Tensor], Tensor] | None, LinearOperator | None, Tensor | None]
 
 _LEAST_STEPS = 10  # as linear_operator takes, whose default tolerance of 1 asks for none
-_TYPICAL_STEPS = 50
 _TYPICAL_SOLVES = 10  # of a training: what is made of K alone pays for all of them
 
 
@@ -46,9 +45,10 @@ class AddedDiagonal(AddedDiagLinearOperator):  # type: ignore[misc]  # linear_op
     - Conjugate gradients stop by the measured residual of each column, relative to its right-hand side, at
       ``cg_tolerance``; linear_operator's stop at steps whose curvature is below 1e-10 in absolute terms.
     - The preconditioner is a randomised Nyström approximation of rank ``max_preconditioner_size``, or of one that pays
-      (``chosen_rank``), from one product, in place of a pivoted Cholesky factor; it is kept while parameters and inputs
-      stay the same, whatever becomes of scale and diagonal. Gradients of log determinants do not go through it, and
-      stay unbiased. Eigenpairs of K that were given (``precondition_with``) take its place.
+      (``chosen_rank``), from one product or from columns of K that are drawn at random, whichever costs less, in place
+      of a Cholesky factor with the largest pivots; it is kept while parameters and inputs stay the same, whatever
+      becomes of scale and diagonal. Gradients of log determinants do not go through it, and stay unbiased. Eigenpairs
+      of K that were given (``precondition_with``) take its place.
     - A diagonal of equal numbers that is not one number keeps the gradient of each.
     - Where J has fewer columns than rows, and the plan finds it cheaper, solves go by a Gram matrix of the columns,
       and log determinants with their gradients in scale and diagonal are exact. See ``WeightSpace``.
@@ -87,13 +87,14 @@ class AddedDiagonal(AddedDiagLinearOperator):  # type: ignore[misc]  # linear_op
                 inverse = self.detach()._preconditioner_for(columns.shape[-1], 1)[0]
         batch = torch.broadcast_shapes(columns.shape[:-2], self.batch_shape)
         columns = columns.expand(*batch, *columns.shape[-2:])
-        with self.linearised(columns.shape[-1] * _TYPICAL_STEPS):
+        with self.linearised(columns.shape[-1] * TYPICAL_STEPS):
             solution = conjugate_gradients(
                 self._matmul,
                 columns.detach(),
                 rtol=tolerance,
                 max_steps=max_steps,
-                min_steps=min(_LEAST_STEPS, max_steps),
+                # With Lanczos matrices there are steps enough, unless the tolerance asks for hardly any.
+                min_steps=0 if num_tridiag and tolerance < MOST_RTOL else min(_LEAST_STEPS, max_steps),
                 preconditioner=None if inverse is None else Preconditioner(inverse, known_norm(self.kernel)),
                 num_tridiagonal=num_tridiag or 0,
                 tridiagonal_steps=steps,
@@ -201,7 +202,7 @@ class AddedDiagonal(AddedDiagLinearOperator):  # type: ignore[misc]  # linear_op
         if root is None:
             self._check_diagonal()
             rank = self._rank(right_hand_sides, num_solves)
-            root = root_by_products(self.kernel, rank) if rank else None
+            root = randomised_root(self.kernel, rank, right_hand_sides=right_hand_sides) if rank else None
         if root is None:
             return None, None, None
         # Of a diagonal of n numbers that happen to be equal each has a gradient of its own.

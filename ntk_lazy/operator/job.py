@@ -7,9 +7,11 @@ from typing import Any
 import torch
 
 from ntk_lazy.counts import check_count, typical_calls
+from ntk_lazy.engines.contract import Engine
 from ntk_lazy.errors import ArgumentError
+from ntk_lazy.linalg.random_pivots import MOST_AT_ONCE
 from ntk_lazy.plan import Job
-from ntk_lazy.solves import SAMPLED_ROWS, PredictedSolve, Solve, Spectrum
+from ntk_lazy.solves import TYPICAL_STEPS, ColumnCosts, PredictedSolve, Solve, Spectrum, num_sampled_rows
 
 _LEAST_EXAMPLES = 16  # in a sample, where each has very many outputs
 
@@ -42,8 +44,19 @@ def job_of(kernel: Any, num_columns: int, num_products: int, eigenpairs: int | N
         raise ArgumentError(f"solve must be a Solve, such as Solve(noise=0.1), not {solve!r}.")
     if solve.rank > n:
         raise ArgumentError(f"rank is {solve.rank}, but the kernel has {n} rows.")
-    predicted = PredictedSolve.of(solve, kept_spectrum(kernel), kernel.dtype)
+    costs = column_costs(kernel, solve.right_hand_sides)
+    predicted = PredictedSolve.of(solve, kept_spectrum(kernel), kernel.dtype, costs)
     return Job(solve.right_hand_sides, predicted.num_products, solve=predicted)
+
+
+def column_costs(kernel: Any, right_hand_sides: int) -> ColumnCosts:
+    """Predict what else is done with columns in a solve, beside the products of conjugate gradients."""
+    if kernel.batch_shape:
+        return ColumnCosts()
+    engine: Engine = kernel.gramian.engine
+    return engine.column_costs(
+        kernel.num_examples, written=MOST_AT_ONCE, multiplied=right_hand_sides, calls=TYPICAL_STEPS
+    )
 
 
 def kept_spectrum(kernel: Any) -> Spectrum:
@@ -58,7 +71,7 @@ def kept_spectrum(kernel: Any) -> Spectrum:
 
 
 def sampled_spectrum(kernel: Any) -> Spectrum:
-    """Estimate all eigenvalues of a square kernel from those of at most ``SAMPLED_ROWS`` of its rows and columns.
+    """Estimate all eigenvalues of a square kernel from those of some of its rows and columns.
 
     These are all rows of some random examples: with random rows, nearly every example would be differentiated. The
     draw is always the same, so that a plan is.
@@ -66,11 +79,12 @@ def sampled_spectrum(kernel: Any) -> Spectrum:
     Cost: K between these rows, written down: less than one product at the sizes where products are long.
     """
     n = kernel.shape[-1]
+    size = num_sampled_rows(n)
     generator, outputs = torch.Generator().manual_seed(0), max(1, n // max(kernel.num_examples, 1))
-    groups = torch.randperm(-(-n // outputs), generator=generator)[: max(_LEAST_EXAMPLES, SAMPLED_ROWS // outputs)]
+    groups = torch.randperm(-(-n // outputs), generator=generator)[: max(_LEAST_EXAMPLES, size // outputs)]
     rows = (groups.unsqueeze(1) * outputs + torch.arange(outputs)).reshape(-1)
     rows = rows[rows < n]
-    chosen = torch.randperm(len(rows), generator=generator)[:SAMPLED_ROWS]
+    chosen = torch.randperm(len(rows), generator=generator)[:size]
     rows = rows[chosen].sort().values.to(kernel.device)
     with torch.no_grad():
         limit = len(rows) ** 2 * kernel.dtype.itemsize

@@ -85,7 +85,8 @@ class NTKLinearOperator(KernelRepresentation):
             The plan: engine, chunks, predicted bytes, flops and seconds; ``print`` it.
 
         Cost: two rates of the machine are measured, once. Nothing is multiplied, except that for ``solve`` the kernel
-            between 512 of the rows is written down, once while parameters and inputs stay the same.
+            between 512 of the rows, or 2,048 of very many, is written down, once while parameters and inputs stay the
+            same.
 
         Raises:
             BudgetError: Not even one example and one column fit the memory budget.

@@ -8,7 +8,7 @@ import torch
 from linear_operator import settings
 from torch import Tensor
 
-from ntk_lazy.operator.job import kept_spectrum
+from ntk_lazy.operator.job import column_costs, kept_spectrum
 from ntk_lazy.operator.roots import kept_root
 from ntk_lazy.solves import MOST_RTOL, Solve, cheapest_rank
 
@@ -34,7 +34,7 @@ def preconditioner_rank(kernel: Any, diagonal: Tensor, *, right_hand_sides: int,
         right_hand_sides: Of a solve.
         num_solves: That are to come, with other noise and scale.
 
-    Cost: where it is chosen, at the first time K between 512 of its rows; then some milliseconds.
+    Cost: where it is chosen, at the first time K between 512 to 2,048 of its rows; then some milliseconds.
     """
     n = kernel.shape[-1]
     fixed = min(int(settings.max_preconditioner_size.value()), n)
@@ -50,4 +50,5 @@ def preconditioner_rank(kernel: Any, diagonal: Tensor, *, right_hand_sides: int,
     )
     root = kept_root(kernel)
     known = 0 if root is None else root.shape[-1]
-    return cheapest_rank(job, kept_spectrum(kernel), kernel.dtype, most=min(n, room), known=known)
+    costs = column_costs(kernel, job.right_hand_sides)
+    return cheapest_rank(job, kept_spectrum(kernel), kernel.dtype, most=min(n, room), known=known, costs=costs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from typing import Any
 
@@ -13,38 +14,59 @@ from torch import Tensor
 
 from ntk_lazy.errors import ArgumentError, ShapeError
 from ntk_lazy.linalg.nystrom import extended_root, nystrom_root
+from ntk_lazy.linalg.random_pivots import pivoted_root
 from ntk_lazy.model import FunctionalModel
 from ntk_lazy.operator.deflation import root_of_pairs
+from ntk_lazy.operator.entries import block
+from ntk_lazy.operator.job import column_costs
+from ntk_lazy.solves import COLUMNS_PER_RANK
 
 
-def root_by_products(kernel: Any, rank: int) -> Tensor | None:
+def randomised_root(kernel: Any, rank: int, *, right_hand_sides: int = 1) -> Tensor | None:
     """Approximate K by ``L Lᵀ`` with L of shape ``(*batch, n, rank)``, detached; None under a negative scale.
+
+    From columns of K where these cost less than a product with a random block: each time from the first one on. From
+    that product where they do not, and then a root grows by what it has more.
 
     Args:
         kernel: K, an ``NTKLinearOperator``. The last root of its points and parameters is kept.
         rank: Columns of L.
+        right_hand_sides: Of the solves that it is made for.
 
-    Cost: a product with ``rank`` columns, or with those by which the last root is narrower; see ``linalg.nystrom``.
+    Cost: see ``linalg.random_pivots`` and ``linalg.nystrom``.
     """
     scale = kernel.gramian.scale
     if scale is not None and not float(scale.detach()) > 0:
         return None
     root = kept_root(kernel)
     if root is None or root.shape[-1] != rank:
-        matmul = kernel.unscaled()._matmul
+        unscaled, is_written = kernel.unscaled(), column_costs(kernel, right_hand_sides).is_written
+        matmul = unscaled._matmul
         with torch.no_grad():
-            if root is not None and root.shape[-1] < rank:
+            if root is not None and root.shape[-1] < rank and not is_written:
                 root = extended_root(matmul, root, rank)
             else:
+                root = None
                 kernel.settings.root.forget()  # before its successor is made
-                root = nystrom_root(matmul, kernel.shape, rank, dtype=kernel.dtype, device=kernel.device)
+                root = (
+                    _by_columns(unscaled, rank)
+                    if is_written
+                    else nystrom_root(matmul, kernel.shape, rank, dtype=kernel.dtype, device=kernel.device)
+                )
         if not kernel.batch_shape:
             kernel.settings.root.keep(*_place(kernel), root)
     return _scaled(root, scale)
 
 
+def _by_columns(kernel: Any, rank: int) -> Tensor:
+    """Make a root of a kernel without a scale from its columns, within a series of them."""
+    engine, side = kernel.gramian.engine, kernel.gramian.side1
+    with kernel.linearised(math.ceil(COLUMNS_PER_RANK * rank)):
+        return pivoted_root(lambda which: block(engine, side, side.select(which)), kernel._diagonal(), rank)
+
+
 def kept_root(kernel: Any) -> Tensor | None:
-    """Return the last root by products, of whichever rank, of the kernel without its scale; None if there is none."""
+    """Return the last randomised root, of whichever rank, of the kernel without its scale; None if there is none."""
     return None if kernel.batch_shape else kernel.settings.root.find(*_place(kernel))
 
 

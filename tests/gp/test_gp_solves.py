@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import gpytorch
 import pytest
 import torch
@@ -14,11 +16,13 @@ from torch import Generator, Tensor, nn
 
 import ntk_lazy as nl
 from ntk_lazy.engines.factor_store import FactorStore
+from ntk_lazy.engines.factors import FactorEngine
 from ntk_lazy.gp import NTKKernel, big_data
+from ntk_lazy.operator import job
 from ntk_lazy.operator.added_diagonal import AddedDiagonal
 from ntk_lazy.operator.ntk_linear_operator import NTKLinearOperator
 from ntk_lazy.operator.preconditioner_rank import preconditioner_rank
-from ntk_lazy.operator.roots import kept_root, root_by_products
+from ntk_lazy.operator.roots import kept_root, randomised_root
 
 N = 150
 
@@ -72,11 +76,28 @@ def test_solves_reach_the_residual_that_is_asked_for(noise: float, rank: int, sc
     assert (residual.norm(dim=0) <= 1.01e-6 * B.norm(dim=0)).all()
 
 
-def test_a_preconditioner_saves_products_and_is_made_once(products: list[int]):
-    K, B = nl.ntk(network(), inputs()).detach(), inputs(N, seed=5)[:, :1]
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Columns of K that are written down, each time."""
+    found, columns = [], FactorEngine.columns
+
+    def spy(self: FactorEngine, x1: Tensor, x2: Tensor, which: Tensor):
+        found.append(len(which))
+        return columns(self, x1, x2, which)
+
+    monkeypatch.setattr(FactorEngine, "columns", spy)
+    return found
+
+
+@pytest.mark.parametrize(("engine", "multiplied"), [("autodiff", 40), ("factors", 0), ("auto", 0)])
+def test_a_preconditioner_saves_products_and_is_made_once(
+    engine: str, multiplied: int, products: list[int], written: list[int]
+):
+    K, B = nl.ntk(network(), inputs(), engine=engine).detach(), inputs(N, seed=5)[:, :1]
     counts = {}
     for rank in (0, 40, 40):
         products.clear()
+        written.clear()
         with (
             settings.max_cholesky_size(0),
             settings.cg_tolerance(1e-6),
@@ -86,23 +107,25 @@ def test_a_preconditioner_saves_products_and_is_made_once(products: list[int]):
         ):
             # The scale and the noise of another step, as in training.
             (K * torch.tensor(0.5, dtype=K.dtype)).add_diagonal(torch.tensor(1e-3, dtype=K.dtype)).solve(B)
-        counts.setdefault(rank, []).append(sum(products))
-    (plain,), (first, second) = counts[0], counts[40]
-    assert first - second == 40
+        counts.setdefault(rank, []).append((sum(products), sum(written)))
+    ((plain, _),), ((first, of_first), (second, of_second)) = counts[0], counts[40]
+    assert first - second == multiplied
+    # Half as many columns again as the root has, if they are cheaper than a product with as many.
+    assert (of_first, of_second) == (0 if multiplied else 60, 0)
     assert 2 * second < plain
 
 
 def test_a_parameter_that_was_changed_in_place_has_a_preconditioner_of_its_own():
     model, x = network(), inputs()
     K = nl.ntk(model, x)
-    first = root_by_products(K, 10)
-    assert root_by_products(K, 10) is first
+    first = randomised_root(K, 10)
+    assert randomised_root(K, 10) is first
     with torch.no_grad():
         model[0].weight.mul_(1.5)
-    second = root_by_products(K, 10)
+    second = randomised_root(K, 10)
     assert defect(second @ second.mT, first @ first.mT) > 1e-3
     with torch.no_grad():
-        expected = root_by_products(nl.ntk(model, x), 10)
+        expected = randomised_root(nl.ntk(model, x), 10)
     assert defect(second @ second.mT, expected @ expected.mT) < 1e-10
 
 
@@ -111,8 +134,8 @@ def test_a_rank_that_is_chosen_takes_hardly_more_products_than_the_best_one(nois
     B = inputs(400, seed=5)
     counts = {}
     for rank in (None, 0, 16, 32, 64, 128):
-        # By products, as a model with more parameters would.
-        K = nl.ntk(network(), inputs(400), engine="factors").detach()
+        # By products that nothing can be spared of.
+        K = nl.ntk(network(), inputs(400), engine="autodiff").detach()
         products.clear()
         with big_data(prediction_rtol=1e-6, rank=rank, max_steps=4000), settings.cg_tolerance(1e-6), torch.no_grad():
             K.add_diagonal(noise * K.diagonal().mean()).solve(B)
@@ -124,7 +147,7 @@ def test_a_rank_that_is_chosen_takes_hardly_more_products_than_the_best_one(nois
 
 
 def test_a_rank_that_was_chosen_stays_until_another_one_pays(products: list[int]):
-    K, B = nl.ntk(network(), inputs(400), engine="factors").detach(), inputs(400, seed=5)
+    K, B = nl.ntk(network(), inputs(400), engine="autodiff").detach(), inputs(400, seed=5)
 
     def solve(noise: float) -> list[int]:
         products.clear()
@@ -140,6 +163,58 @@ def test_a_rank_that_was_chosen_stays_until_another_one_pays(products: list[int]
     assert kept_root(K) is root
     (more,) = solve(1e-6)
     assert kept_root(K).shape == (400, first + more)  # what is there is not multiplied again
+
+
+def test_a_root_of_columns_that_was_chosen_is_made_anew_when_it_grows(products: list[int], written: list[int]):
+    K, B = nl.ntk(network(), inputs(400), engine="factors").detach(), inputs(400, seed=5)
+    for noise, is_made in ((1e-2, True), (0.8e-2, False), (1.0, False), (1e-7, True)):
+        products.clear()
+        written.clear()
+        with big_data(), settings.cg_tolerance(1e-4), torch.no_grad():
+            K.add_diagonal(noise * K.diagonal().mean()).solve(B)
+        rank = kept_root(K).shape[1]
+        assert sum(written) == (min(math.ceil(1.5 * rank), 400) if is_made else 0)
+        assert max(products) == B.shape[1]
+
+
+def test_a_root_of_columns_runs_the_model_once(captured: list[int]):
+    K = nl.ntk(network(), inputs(2000), engine="factors", memory_budget=200_000_000).detach()
+    randomised_root(K, 128)
+    assert captured.count(2000) == 1
+    assert sum(captured) == 2000 + 192
+
+
+def test_factors_of_several_sets_are_held_while_they_fit(captured: list[int]):
+    x = inputs(300)
+    K = nl.ntk(network(), x, engine="factors", memory_budget=100_000_000).detach()
+    store = K.gramian.engine.store
+    few = [x[i : i + 10].clone() for i in range(0, 50, 10)]
+    budget, store.budget = store.budget, 2 * 320 * store.bytes_per_example  # of which half is for what is held
+    try:
+        with store.keeping():
+            for z in (x, few[0], x[:20], few[1], few[2], x, few[3], few[3], few[0]):
+                list(store.chunks(z, is_held=True, together=z.shape[0])())
+    finally:
+        store.budget = budget
+    # What was asked for longest ago has gone: few[0] for few[2], and never x, which was asked for in between.
+    assert captured == [300, 10, 10, 10, 10, 10]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("num_outputs", [1, 3])
+def test_a_root_of_columns_is_that_of_the_rows_that_were_selected(num_outputs: int, dtype: torch.dtype):
+    x = inputs(dtype=dtype)
+    K = nl.ntk(network(num_outputs, dtype), x, engine="factors").detach()
+    rows = torch.randperm(K.shape[0], generator=Generator().manual_seed(0))[: K.shape[0] // 2]
+    for part in (K, K[rows][:, rows], 0.5 * K):
+        assert job.column_costs(part, 1).is_written
+        dense = part.to_dense().double()
+        L = randomised_root(part, 60).double()
+        U, values, _ = torch.linalg.svd(dense)
+        best = dense - (U[:, :60] * values[:60]) @ U[:, :60].mT
+        # Of half as many columns again; sums of rounding count where hardly anything is left.
+        floor = 10 * torch.finfo(dtype).eps * dense.norm()
+        assert torch.linalg.matrix_norm(dense - L @ L.mT, 2) < 3 * torch.linalg.matrix_norm(best, 2) + floor
 
 
 def test_a_rank_that_is_chosen_fits_half_of_the_budget():
@@ -170,7 +245,7 @@ def test_a_preconditioner_of_orthogonal_columns_is_what_it_says():
 def test_an_inverse_is_positive_where_rounding_exceeds_the_noise(dtype: torch.dtype, share: float):
     K = nl.ntk(network(dtype=dtype), inputs(dtype=dtype)).detach()
     with settings.max_preconditioner_size(20), settings.min_preconditioning_size(1):
-        root = root_by_products(K, 20)
+        root = randomised_root(K, 20)
         values = root.double().square().sum(0)
         noise = (share * values[0]).to(dtype)
         inverse, _, _ = K.add_diagonal(noise)._preconditioner()
