@@ -23,6 +23,7 @@ TYPICAL_STEPS = 50
 COLUMNS_PER_RANK = 1.5
 """Columns of K that are written down for each one of a root: a fifth fewer iterations than with one. With two it is a
 quarter, for twice the algebra."""
+_CLEARLY_LESS = 0.25  # small captures and small tiles take up to twice as long as is predicted of large ones
 _GROUPS = 2000  # of eigenvalues that the sample does not resolve
 _MOST_ITERATIONS = 10_000
 _LEAST_RANK = 16
@@ -80,8 +81,8 @@ class ColumnCosts:
 
     @property
     def is_written(self) -> bool:
-        """Whether a root is made from columns of K, which are then cheaper than a product with random ones."""
-        return COLUMNS_PER_RANK * self.written < 1
+        """Whether a root is made from columns of K: where these take clearly less than a product with random ones."""
+        return COLUMNS_PER_RANK * self.written < _CLEARLY_LESS
 
     def num_columns(self, rank: int) -> int:
         """Columns that a root of this rank is made from."""

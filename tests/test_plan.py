@@ -108,7 +108,7 @@ def test_iterations_of_conjugate_gradients_are_predicted_within_a_factor_of_two(
 @pytest.mark.slow
 @pytest.mark.parametrize("noise", NOISES)
 @pytest.mark.parametrize("name", ["conv1d", "wide"])
-@pytest.mark.parametrize("engine", ["autodiff", "auto"])
+@pytest.mark.parametrize("engine", ["autodiff", "factors"])
 def test_iterations_with_a_preconditioner_are_predicted_within_a_factor_of_two(name: str, noise: float, engine: str):
     K, dense = kernel(name, engine)
     noise *= float(dense.diagonal().mean())
@@ -119,7 +119,7 @@ def test_iterations_with_a_preconditioner_are_predicted_within_a_factor_of_two(n
     # A product with a random block, or columns of K that take less.
     made = plan.num_products - (found.iterations + 1)  # with the residual
     assert made == 20 if engine == "autodiff" else 0 < made < 20
-    assert ("columns of K" in str(plan)) == (engine == "auto")
+    assert ("columns of K" in str(plan)) == (engine == "factors")
     assert found.condition <= K.explain(solve=Solve(noise=noise)).job.solve.condition
 
 
@@ -184,10 +184,8 @@ def test_a_plan_says_what_it_is_for_and_why_an_engine_was_chosen():
     assert "eigsh(K, 20): about" in str(K.explain(eigenpairs=20))
     text = str(K.explain(3, solve=Solve(noise=0.5, right_hand_sides=3, rank=10)))
     assert "(K + 0.5 I) X = B, 3 right-hand sides, rtol = 0.01" in text
-    assert (
-        "iterations of conjugate gradients and a preconditioner of rank 10 from columns of K; condition number about"
-        in text
-    )
+    assert "iterations of conjugate gradients and a preconditioner of rank 10 from " in text
+    assert "; condition number about" in text
     small = nl.ntk(nn.Linear(3, 1), torch.randn(300, 3), max_dense_bytes=0)
     assert "is more than may be kept" in str(small.explain(16, 1000))
     own = nl.ntk(nn.Linear(3, 1), torch.randn(5, 3), engine="factors").explain()

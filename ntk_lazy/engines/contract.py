@@ -110,6 +110,10 @@ class Engine(ABC):
             num_columns: Columns that are expected, in all products together.
         """
 
+    def aside(self, num_columns: int) -> AbstractContextManager[None]:
+        """The same for work of another kind, which does not decide how a series goes on that has not begun."""
+        return self.linearised(num_columns)
+
     @abstractmethod
     def pull(self, x: Tensor, V: Block) -> ColumnsFirst:
         """Return ``(Jᵀ V)ᵀ``, shape ``(k, features)``."""

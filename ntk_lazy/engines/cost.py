@@ -138,7 +138,7 @@ class CostModel:
 
         Args:
             product: Seconds of a column in a product.
-            written: How many at a time, from factors of the rows that are there.
+            written: How many at a time. The factors of all rows are taken to be there.
         """
         n = self.num_examples[0]
         rows_and_columns = replace(self, num_examples=(n, written), is_symmetric=False)

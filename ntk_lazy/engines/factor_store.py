@@ -27,7 +27,7 @@ _PASS_SETS = 2  # working sets of one: twice the examples take a fifth off a tra
 
 Chunked: TypeAlias = Callable[[], Iterable[Chunk]]  # goes through all chunks, as often as it is called
 # Examples with their chunks, the set that was last asked for at the end.
-Kept: TypeAlias = dict[tuple[int, torch.Size, tuple[int, ...], frozenset[str]], tuple[Tensor, list[Chunk]]]
+Kept: TypeAlias = dict[tuple[int, torch.Size, tuple[int, ...], frozenset[str]], "KeptSet"]
 
 
 @final
@@ -58,6 +58,22 @@ class Group:
         chunks = [Chunk(c.examples, tuple({name: next(renewed)} for _ in c.uses)) for c in (*left, *right)]
         first, second = chunks[: len(left)], chunks[len(left) :] or chunks
         return Group({name: used.num_entries}, lambda: first, lambda: second)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class KeptSet:
+    """Factors that are held.
+
+    Attributes:
+        x: The examples.
+        chunks: Their factors.
+        num_bytes: In memory; 0 in files.
+    """
+
+    x: Tensor
+    chunks: list[Chunk]
+    num_bytes: int
 
 
 @final
@@ -195,14 +211,15 @@ class FactorStore:
         as_rows = self._compact if as_rows is None else as_rows
         key = (x.data_ptr(), x.shape, x.stride(), as_rows)
         if self._kept is not None and key in self._kept:
-            held = self._kept[key][1]
+            held = self._kept[key].chunks
         else:
-            if self._kept is not None:
-                self._make_room(self._kept, self._set_bytes(x.shape[0], as_rows))
             allocate = None if self.scratch is None or self.fits(together) else self.scratch.empty
+            num_bytes = self._set_bytes(x.shape[0], as_rows) if allocate is None else 0
+            if self._kept is not None:
+                self._make_room(self._kept, num_bytes)
             held = join(self.capture(x, as_rows=as_rows), x.shape[0], allocate)
             if self._kept is not None:
-                self._kept[key] = x, held
+                self._kept[key] = KeptSet(x, held, num_bytes)
         return lambda: held
 
     def capture(self, x: Tensor, *, as_rows: frozenset[str] = frozenset()) -> Iterator[Chunk]:
@@ -216,12 +233,13 @@ class FactorStore:
             yield Chunk(examples, tuple(factors))
 
     def _make_room(self, kept: Kept, num_bytes: int) -> None:
-        """Let go of the sets whose turn is longest ago, until there is room for so many bytes more or none is left."""
-        while kept:
-            held = sum(self._set_bytes(x.shape[0], as_rows) for (*_, as_rows), (x, _) in kept.items())
-            if held + num_bytes <= self.budget * _KEPT_SHARE:
+        """Let go of sets for another one: of that in files for one in files, else of those used longest ago."""
+        rivals = [key for key, one in kept.items() if (one.num_bytes == 0) == (num_bytes == 0)]
+        for key in rivals:
+            held = sum(one.num_bytes for one in kept.values())
+            if num_bytes and held + num_bytes <= self.budget * _KEPT_SHARE:
                 break
-            del kept[next(iter(kept))]
+            del kept[key]
 
     def _set_bytes(self, num_examples: int, as_rows: frozenset[str]) -> int:
         """Bytes of the factors of so many examples, some parameters as rows of J."""
@@ -232,11 +250,11 @@ class FactorStore:
         """The factors of a stretch of the examples whose factors are held."""
         if self._kept is None:
             return None
-        for key, (whole, held) in self._kept.items():
-            start = _offset(x, whole)
+        for key, one in self._kept.items():
+            start = _offset(x, one.x)
             if start is not None and as_rows in (None, key[-1]):
                 self._kept[key] = self._kept.pop(key)  # as the last one that was asked for
-                found = [chunk.within(slice(start, start + x.shape[0])) for chunk in held]
+                found = [chunk.within(slice(start, start + x.shape[0])) for chunk in one.chunks]
                 return [chunk for chunk in found if chunk is not None]
         return None
 

@@ -163,6 +163,19 @@ class PlannedEngine(Engine):
             self._expected, self._series = None, None
 
     @override
+    @contextmanager
+    def aside(self, num_columns: int) -> Iterator[None]:
+        outer, context, is_waiting = self._expected, self._context, self._expected is not None and self._series is None
+        if is_waiting:
+            self._expected, self._context = None, ExitStack()
+        try:
+            with self.linearised(num_columns):
+                yield
+        finally:
+            if is_waiting:
+                self._expected, self._context = outer, context
+
+    @override
     def product(self, x1: Tensor, x2: Tensor, V: OtherBlock) -> Block:
         return self._try(self._engine(x1, x2, V.shape[1]), lambda engine: engine.product(x1, x2, V))
 
@@ -199,6 +212,8 @@ class PlannedEngine(Engine):
     def column_costs(self, num_examples: int, *, written: int, multiplied: int, calls: int) -> ColumnCosts:
         if self.factors is None or isinstance(self._series, AutodiffEngine):
             return ColumnCosts()
+        if not self.factors.store.fits(num_examples + written):
+            return ColumnCosts()  # all factors would be made anew for a few columns at a time
         cost = self._cost((num_examples, num_examples), True)
         ways = [way.seconds for way in self._by_layers(cost, multiplied, calls) if way.num_bytes is not None]
         # At its best; how the model differentiates is not found out for this.

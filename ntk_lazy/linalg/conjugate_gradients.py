@@ -81,7 +81,7 @@ def conjugate_gradients(
         min_steps: Least steps of a column, unless its residual vanishes.
         preconditioner: Makes the steps fewer; None for none.
         num_tridiagonal: Columns from the first on for which the Lanczos matrices are wanted.
-        tridiagonal_steps: Most steps of these; fewer where quadratures are right to ``rtol² / 2``, or 5e-5, before.
+        tridiagonal_steps: Most steps of these; fewer where the residual is below the tolerance, or a hundredth, before.
 
     Cost: A product with all columns that are not done, for each step, and one with all at the end of each round; most
         solves have one round. Columns whose residual falls below ``eps ‖A‖ ‖x‖`` are measured in between, at each third
@@ -183,9 +183,10 @@ class _Tridiagonal:
     """Collects the coefficients of the steps, from which the Lanczos matrices follow.
 
     They are for quadratures of ``bᵀ log(A) b``, with the preconditioner in A and the norm. Once the residual is r these
-    are off by about ``‖r‖² / 2``: the error of ``bᵀ (A + t I)⁻¹ b`` is ``rᵀ (A + t I)⁻¹ r`` with the residual of that
-    system, which is parallel to r and falls as ``1 / (1 + t / λ_n)``, and the logarithm is an integral over t. Further
-    steps are for nothing.
+    are off by about ``‖r‖² / 2``, and further steps are for nothing: the error of ``bᵀ (A + t I)⁻¹ b`` is
+    ``rᵀ (A + t I)⁻¹ r`` with the residual of that system, which is parallel to r and falls as ``1 / (1 + t / θ)`` or
+    faster, where θ is the smallest Ritz value, and the logarithm is an integral over t. Where b has next to nothing of
+    the eigenvector of a far smaller λ, it is ``‖r‖² ln(θ / λ)`` at most.
 
     Attributes:
         num_columns: From the first on.

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from ntk_lazy.linalg.orthogonal_root import Root, orthogonal_root, rounding
 from ntk_lazy.linalg.tiles import row_tiles
+from ntk_lazy.precision import ieee_precision
 
 _GROWTH = 10.0  # of a shift that leaves a matrix indefinite
 
 
+@ieee_precision()
 def nystrom_root(
     matmul: Callable[[Tensor], Tensor],
     shape: torch.Size,
@@ -68,6 +70,7 @@ def nystrom_root(
     return orthogonal_root(whitened, rank, shift, out=torch.empty_like(Y))
 
 
+@ieee_precision()
 def extended_root(matmul: Callable[[Tensor], Tensor], root: Float[Tensor, "*batch n known"], rank: int) -> Root:
     """Add columns to a Nyström root, for products with these alone.
 

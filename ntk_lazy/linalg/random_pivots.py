@@ -12,6 +12,7 @@ from torch import Tensor
 from ntk_lazy.gemm import times_transposed
 from ntk_lazy.linalg.orthogonal_root import Root, orthogonal_root, rounding
 from ntk_lazy.linalg.tiles import row_tiles
+from ntk_lazy.precision import ieee_precision
 from ntk_lazy.solves import COLUMNS_PER_RANK
 
 MOST_AT_ONCE = 128
@@ -21,6 +22,7 @@ _LEAST_AT_ONCE = 8
 _GROWTH = 10.0  # of a shift that leaves a matrix indefinite
 
 
+@ieee_precision()
 def pivoted_root(
     columns: Callable[[Int64[Tensor, " b"]], Float[Tensor, "n b"]], diagonal: Float[Tensor, " n"], rank: int
 ) -> Root:

@@ -28,6 +28,7 @@ from ntk_lazy.operator.log_likelihood import log_likelihood_terms
 from ntk_lazy.operator.preconditioner_rank import preconditioner_rank
 from ntk_lazy.operator.roots import known_norm, lanczos_inverse_root, lanczos_root, randomised_root, root_of_kept_pairs
 from ntk_lazy.operator.weight_space import WeightSolution, WeightSpace
+from ntk_lazy.precision import ieee_precision
 from ntk_lazy.solves import MOST_RTOL, TYPICAL_STEPS
 
 Preconditioning: TypeAlias = tuple[Callable[[Tensor], Tensor] | None, LinearOperator | None, Tensor | None]
@@ -235,6 +236,7 @@ class AddedDiagonal(AddedDiagLinearOperator):  # type: ignore[misc]  # linear_op
         units = torch.where(values > 0, 1 / values, 0)
         tiles = [(tile, root[..., tile, :]) for tile in row_tiles(n, k, device=root.device)]
 
+        @ieee_precision()
         def inverse(V: Tensor) -> Tensor:
             # As VᵀL: LᵀV takes several times as long, whoever multiplies. L is read three times and not four.
             first = torch.stack([times_transposed(V[..., tile, :].mT, L.mT) for tile, L in tiles]).sum(

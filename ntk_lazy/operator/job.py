@@ -55,7 +55,7 @@ def column_costs(kernel: Any, right_hand_sides: int) -> ColumnCosts:
         return ColumnCosts()
     engine: Engine = kernel.gramian.engine
     return engine.column_costs(
-        kernel.num_examples, written=MOST_AT_ONCE, multiplied=right_hand_sides, calls=TYPICAL_STEPS
+        kernel.num_examples, written=MOST_AT_ONCE, multiplied=max(right_hand_sides, 1), calls=TYPICAL_STEPS
     )
 
 

@@ -20,8 +20,8 @@ _BLOCKS = 5  # of n rows and as many columns: three while the root is made; late
 class chosen_rank(settings._feature_flag):  # type: ignore[misc]  # noqa: N801  (named as settings are)
     """Whether tangent kernels choose the rank of their preconditioner, unless ``max_preconditioner_size`` is 0.
 
-    The rank with which the predicted solves, and the product that makes the preconditioner, multiply the fewest
-    columns. One that was made before, for other noise or scale, goes on, and grows where more columns pay.
+    The rank with which the predicted solves take the least, with all that makes and applies the preconditioner. One
+    that was made before, for other noise or scale, goes on, and makes way for a larger one where that pays.
     """
 
 
@@ -34,7 +34,7 @@ def preconditioner_rank(kernel: Any, diagonal: Tensor, *, right_hand_sides: int,
         right_hand_sides: Of a solve.
         num_solves: That are to come, with other noise and scale.
 
-    Cost: where it is chosen, at the first time K between 512 to 2,048 of its rows; then some milliseconds.
+    Cost: where it is chosen, at the first time the eigenvalues of K between 512 to 2,048 rows; then some milliseconds.
     """
     n = kernel.shape[-1]
     fixed = min(int(settings.max_preconditioner_size.value()), n)

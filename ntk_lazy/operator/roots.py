@@ -17,7 +17,7 @@ from ntk_lazy.linalg.nystrom import extended_root, nystrom_root
 from ntk_lazy.linalg.random_pivots import pivoted_root
 from ntk_lazy.model import FunctionalModel
 from ntk_lazy.operator.deflation import root_of_pairs
-from ntk_lazy.operator.entries import block
+from ntk_lazy.operator.entries import block, entries
 from ntk_lazy.operator.job import column_costs
 from ntk_lazy.solves import COLUMNS_PER_RANK
 
@@ -61,8 +61,10 @@ def randomised_root(kernel: Any, rank: int, *, right_hand_sides: int = 1) -> Ten
 def _by_columns(kernel: Any, rank: int) -> Tensor:
     """Make a root of a kernel without a scale from its columns, within a series of them."""
     engine, side = kernel.gramian.engine, kernel.gramian.side1
-    with kernel.linearised(math.ceil(COLUMNS_PER_RANK * rank)):
-        return pivoted_root(lambda which: block(engine, side, side.select(which)), kernel._diagonal(), rank)
+    rows = torch.arange(side.num_rows, device=side.x.device)
+    with engine.aside(math.ceil(COLUMNS_PER_RANK * rank)):
+        diagonal = entries(engine, side, side, rows, rows)
+        return pivoted_root(lambda which: block(engine, side, side.select(which)), diagonal, rank)
 
 
 def kept_root(kernel: Any) -> Tensor | None:

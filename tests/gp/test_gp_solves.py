@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import gpytorch
 import pytest
@@ -89,7 +90,7 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize(("engine", "multiplied"), [("autodiff", 40), ("factors", 0), ("auto", 0)])
+@pytest.mark.parametrize(("engine", "multiplied"), [("autodiff", 40), ("factors", 0)])
 def test_a_preconditioner_saves_products_and_is_made_once(
     engine: str, multiplied: int, products: list[int], written: list[int]
 ):
@@ -182,6 +183,51 @@ def test_a_root_of_columns_runs_the_model_once(captured: list[int]):
     randomised_root(K, 128)
     assert captured.count(2000) == 1
     assert sum(captured) == 2000 + 192
+
+
+def test_a_root_of_columns_rounds_alike_under_autocast():
+    K = nl.ntk(network(dtype=torch.float32), inputs(400, torch.float32), engine="factors").detach()
+    expected = randomised_root(K, 50)
+    K.settings.root.forget()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = randomised_root(K, 50)
+    assert torch.equal(found, expected)
+
+
+def test_columns_are_not_taken_where_factors_would_be_made_anew_for_each_round(captured: list[int], written: list[int]):
+    x = inputs(2000)
+    for options in ({"memory_budget": 2_000_000}, {"memory_budget": 20_000_000, "num_outputs": 10}):
+        model = network(options.pop("num_outputs", 1))
+        K = nl.ntk(model, x, engine="factors", **options).detach()
+        randomised_root(K, 30)
+        assert written == []
+        captured.clear()
+
+
+def test_factors_in_files_stay_while_others_come_and_go(captured: list[int], tmp_path: Path):
+    x = inputs(2000)
+    K = nl.ntk(network(), x, engine="factors", memory_budget=1_000_000, scratch=tmp_path).detach()
+    store = K.gramian.engine.store
+    assert not store.fits(2000)
+    with store.keeping():
+        for z in (x, x[:10].clone(), x[:20].clone(), x):
+            list(store.chunks(z, is_held=True, together=z.shape[0])())
+    assert captured == [2000, 10, 20]
+
+
+def test_a_root_does_not_decide_for_a_series_that_has_not_begun():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 300), nn.Tanh(), nn.Linear(300, 300), nn.Tanh(), nn.Linear(300, 1)).double()
+    K = nl.ntk(model, torch.randn(400, 20, dtype=torch.float64)).detach()
+    engine = K.gramian.engine
+    with K.linearised(2000):
+        assert job.column_costs(K, 1).is_written
+        randomised_root(K, 20)
+        K @ torch.ones(400, 1, dtype=torch.float64)
+        assert engine._series is engine.gram_engine
+        K.settings.root.forget()
+        randomised_root(K, 20)  # now it goes along
+        assert engine._series is engine.gram_engine
 
 
 def test_factors_of_several_sets_are_held_while_they_fit(captured: list[int]):
