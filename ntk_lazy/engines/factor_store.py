@@ -21,6 +21,7 @@ from ntk_lazy.model import FunctionalModel
 from ntk_lazy.outputs import OutputLayout
 
 _KEPT_SHARE = 0.5  # of the budget: factors that stay while a product, or a series of them, runs
+_SETS_SHARE = 0.125  # of the budget: several sets of them, which lie in memory as they come; one alone may have all
 _ANY_NUMBER = 1 << 62
 _PASS_SHARE = 0.25  # of the budget: a forward and a backward pass
 _PASS_SETS = 2  # working sets of one: twice the examples take a fifth off a transformer, whose operations are many
@@ -125,6 +126,10 @@ class FactorStore:
     def fits(self, num_examples: int) -> bool:
         """Whether there is memory to hold the factors of so many examples."""
         return num_examples * self.bytes_per_example <= self.budget * _KEPT_SHARE
+
+    def fits_beside(self, num_examples: int, others: int) -> bool:
+        """Whether the factors of so many examples stay in memory while those of a few others come and go."""
+        return (num_examples + others) * self.bytes_per_example <= self.budget * _SETS_SHARE
 
     def keeps(self, num_examples: int) -> bool:
         """Whether the factors of so many examples are held between products, and between the halves of one."""
@@ -237,7 +242,7 @@ class FactorStore:
         rivals = [key for key, one in kept.items() if (one.num_bytes == 0) == (num_bytes == 0)]
         for key in rivals:
             held = sum(one.num_bytes for one in kept.values())
-            if num_bytes and held + num_bytes <= self.budget * _KEPT_SHARE:
+            if num_bytes and held + num_bytes <= self.budget * _SETS_SHARE:
                 break
             del kept[key]
 

@@ -211,7 +211,7 @@ class FactorEngine(Engine):
 
     @override
     def column_costs(self, num_examples: int, *, written: int, multiplied: int, calls: int) -> ColumnCosts:
-        if not self.store.fits(num_examples + written):
+        if not self.store.fits_beside(num_examples, written):
             return ColumnCosts()  # all factors would be made anew for a few columns at a time
         cost = self._cost(num_examples, num_examples, is_symmetric=True)
         return cost.columns(cost.products(multiplied) / multiplied, written=written)

@@ -212,7 +212,7 @@ class PlannedEngine(Engine):
     def column_costs(self, num_examples: int, *, written: int, multiplied: int, calls: int) -> ColumnCosts:
         if self.factors is None or isinstance(self._series, AutodiffEngine):
             return ColumnCosts()
-        if not self.factors.store.fits(num_examples + written):
+        if not self.factors.store.fits_beside(num_examples, written):
             return ColumnCosts()  # all factors would be made anew for a few columns at a time
         cost = self._cost((num_examples, num_examples), True)
         ways = [way.seconds for way in self._by_layers(cost, multiplied, calls) if way.num_bytes is not None]
