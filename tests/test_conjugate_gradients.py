@@ -145,6 +145,16 @@ def test_batches_are_solved_each_by_itself():
     torch.testing.assert_close(found.X, torch.linalg.solve(A, B), rtol=1e-6, atol=1e-6)
 
 
+def logarithms(A: Tensor, P: Tensor, b: Tensor, T: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``e1ᵀ log(T) e1``, and ``cᵀ log(P^(-1/2) A P^(-1/2)) c / cᵀc`` with ``c = P^(-1/2) b``."""
+    theta, Y = torch.linalg.eigh(T)
+    values, vectors = torch.linalg.eigh(P)
+    half = (vectors * values**-0.5) @ vectors.mT
+    inner, S = torch.linalg.eigh(half @ A @ half)
+    weights = (S.mT @ half @ b) ** 2
+    return (Y[0] ** 2 * theta.log()).sum(), (weights * inner.log()).sum() / weights.sum()
+
+
 @pytest.mark.parametrize("is_preconditioned", [False, True])
 def test_lanczos_matrices_give_log_determinants(is_preconditioned: bool):
     A, B = matrix(2.0) + 1e-2 * torch.eye(N, dtype=torch.float64), block(4)
@@ -160,18 +170,12 @@ def test_lanczos_matrices_give_log_determinants(is_preconditioned: bool):
         num_tridiagonal=3,
         tridiagonal_steps=N,
     )
-    # e1ᵀ log(T) e1 ‖P^(-1/2) b‖² = bᵀ P^(-1/2) log(P^(-1/2) A P^(-1/2)) P^(-1/2) b
-    values, vectors = torch.linalg.eigh(P)
-    root = (vectors * values**-0.5) @ vectors.mT
-    inner, S = torch.linalg.eigh(root @ A @ root)
     for column in range(3):
-        theta, Y = torch.linalg.eigh(found.tridiagonal[column])
-        b = root @ B[:, column]
-        expected = ((S.mT @ b) ** 2 * inner.log()).sum()
-        torch.testing.assert_close((Y[0] ** 2 * theta.log()).sum() * b.square().sum(), expected, rtol=1e-6, atol=1e-6)
+        quadrature, exact = logarithms(A, P, B[:, column], found.tridiagonal[column])
+        torch.testing.assert_close(quadrature, exact, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("rtol", [1e-2, 1e-4])
+@pytest.mark.parametrize("rtol", [0.5, 1e-2, 1e-4])
 @pytest.mark.parametrize("power", [0.0, 1.0, 3.0])
 @pytest.mark.parametrize("is_preconditioned", [False, True])
 def test_a_lanczos_matrix_ends_where_its_log_determinant_is_right(
@@ -186,6 +190,8 @@ def test_a_lanczos_matrix_ends_where_its_log_determinant_is_right(
     if is_preconditioned:
         L = nystrom_root(lambda V: K @ V, K.shape, 20, dtype=K.dtype, device=K.device)
         M = L @ L.mT + noise * M
+        # As probes of log determinants are drawn: in the norm of the preconditioner no direction is missed.
+        B = torch.linalg.cholesky(M) @ B
     found = conjugate_gradients(
         lambda V: A @ V,
         B,
@@ -195,15 +201,10 @@ def test_a_lanczos_matrix_ends_where_its_log_determinant_is_right(
         num_tridiagonal=4,
         tridiagonal_steps=n,
     )
-    values, vectors = torch.linalg.eigh(M)
-    half = (vectors * values**-0.5) @ vectors.mT
-    inner, S = torch.linalg.eigh(half @ A @ half)
     for column in (0, 2, 3):
-        theta, Y = torch.linalg.eigh(found.tridiagonal[column])
-        weights = (S.mT @ half @ B[:, column]) ** 2
-        exact = (weights * inner.log()).sum() / weights.sum()
-        # Half the square of the residual at which it ended, which is that or less.
-        assert abs((Y[0] ** 2 * theta.log()).sum() - exact) <= rtol**2 / 2 + 1e-12
+        quadrature, exact = logarithms(A, M, B[:, column], found.tridiagonal[column])
+        # Half the square of the residual at which it ended, which is that or less, whatever the solve asks for.
+        assert abs(quadrature - exact) <= min(rtol, 1e-2) ** 2 / 2 + 1e-12
     # It goes on no longer than its columns have to.
     assert found.tridiagonal.shape[-1] < n // 2
 
