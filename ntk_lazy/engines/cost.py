@@ -67,8 +67,12 @@ class CostModel:
         is_plain = positions == 1 or self.preflight.times is not None
         share = _SHARE_OF_RATE["autodiff" if is_plain else "autodiff over positions"]
         flops = self._forward * (1 + 2.0 * columns * self.layout.passes) * sum(self.num_examples)
-        flops *= 2 if (mode or self.preflight.derivatives.mode) == "double-reverse" else 1
-        return calls * flops / (share * self.rates.flops)
+        mode = mode or self.preflight.derivatives.mode
+        seconds = calls * flops * (2 if mode == "double-reverse" else 1) / (share * self.rates.flops)
+        if mode == "reverse by rows":
+            # In the second half of a product each row of J is a backward pass of its own.
+            seconds += calls * self.num_examples[0] * (1 + 2.0 * self.layout.num_outputs) * self._seconds_alone
+        return seconds
 
     def capture(self) -> float:
         """A forward pass and ``q + 1`` backward passes over the activations."""

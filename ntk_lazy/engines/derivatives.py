@@ -30,7 +30,6 @@ from ntk_lazy.engines.linearisation import (
 )
 from ntk_lazy.engines.rounding import largest, noise
 from ntk_lazy.engines.suspects import TRANSFORM_ERRORS, named
-from ntk_lazy.errors import UnsupportedModuleError
 from ntk_lazy.model import FunctionalModel, generators_kept
 from ntk_lazy.precision import differentiable_attention, ieee_precision
 
@@ -41,10 +40,10 @@ class Derivatives:
     """What automatic differentiation can do with a model.
 
     Attributes:
-        mode: How J is multiplied: forward over reverse mode, or reverse mode twice.
+        mode: How J is multiplied: forward over reverse mode, reverse mode twice, or once for each row of J.
         vectorises: Whether the gradients of single examples can be had by one vectorised call, at its full speed.
         footprint: Bytes of ``Jᵀ`` and then J, as a function of examples and columns.
-        note: Why there is no forward mode, naming the module; empty where there is.
+        note: Why there is no forward mode, or no second derivative, naming the module; empty where there is.
     """
 
     mode: LinearisationMode
@@ -64,8 +63,6 @@ class Derivatives:
         Cost: About a dozen passes over ``x``; memory for up to ``8 + 2 b`` parameter vectors. The first call in a
             process loads parts of torch, which takes a second or two.
 
-        Raises:
-            UnsupportedModuleError: No way of multiplying with J agrees with plain reverse mode.
         """
         with quiet(x) as caught:
             forward = ForwardPass.run(model, x)
@@ -107,12 +104,24 @@ def _choose_mode(model: FunctionalModel, forward: ForwardPass) -> tuple[Linearis
     second = _disagreement(DoubleReverse(model, x), U, W, reference, forward)
     if not second:
         return "double-reverse", f"{at_fault}: no forward mode ({reason}); reverse mode is applied twice instead."
-    is_bag = any(isinstance(call.module, torch.nn.EmbeddingBag) for call in calls)
-    cure = "EmbeddingBag by Embedding and a sum or mean over tokens" if is_bag else "it by a module that can be"
-    raise UnsupportedModuleError(
-        f"{at_fault} can be differentiated neither in forward mode ({reason}) nor twice in reverse mode ({second}). "
-        f"Replace {cure}."
+    return "reverse by rows", (
+        f"{at_fault}: no forward mode ({reason}), and reverse mode once only ({second}); rows of J are made one by one."
     )
+
+
+def fault_of_second_derivatives(model: FunctionalModel, x: Tensor) -> str:
+    """Say why a model cannot be differentiated twice in reverse mode, as gradients of K ask for; "" where it can.
+
+    A backward pass that is marked as differentiable once, or that works on detached tensors, leaves its part out of the
+    gradient of a gradient, and autograd may say nothing.
+
+    Cost: Five passes over ``x``.
+    """
+    with quiet(x):
+        forward = ForwardPass.run(model, x)
+        U = noise((1, *forward.output.shape), like=forward.output, seed=2)
+        W = {name: noise((1, *p.shape), like=p, seed=3 + i) for i, (name, p) in enumerate(model.params.items())}
+        return _disagreement(DoubleReverse(model, x), U, W, DoubleReverse(model, x).pull(U), forward)
 
 
 def _disagreement(way: Linearisation, U: Tensor, W: Tangents, reference: Tangents, forward: ForwardPass) -> str:

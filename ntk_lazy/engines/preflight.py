@@ -17,7 +17,7 @@ from torch import Tensor
 from ntk_lazy.engines import suspects
 from ntk_lazy.engines.contract import PassTimes, Preflight
 from ntk_lazy.engines.coverage import Coverage
-from ntk_lazy.engines.derivatives import Derivatives, quiet
+from ntk_lazy.engines.derivatives import Derivatives, fault_of_second_derivatives, quiet
 from ntk_lazy.engines.flops import FlopCount
 from ntk_lazy.engines.forward_pass import ForwardPass
 from ntk_lazy.engines.linearisation import (
@@ -77,6 +77,7 @@ def check(model: FunctionalModel, x: Tensor) -> Preflight:
                 times = _time_passes(model, x, derivatives.mode, activation_bytes)
     return Preflight(
         find_derivatives=find,
+        find_second_fault=partial(fault_of_second_derivatives, model, x.clone()),
         num_outputs=forward.output.shape[1],
         writes_buffers=forward.writes_buffers,
         draws_numbers=forward.draws_numbers,
