@@ -128,7 +128,8 @@ class CostModel:
                 flops += half * 2.0 * n1 * n2 * (i + q * q * o)
                 moved += half * 3.0 * n1 * n2 * q * q * self.itemsize
             else:
-                flops += 2.0 * (n1 + n2) * S * q * o * i + half * 2.0 * n1 * n2 * q * q * o * i
+                flops += 2.0 * (n1 + n2) * S * q * min(o * i, c.num_matched)
+                flops += half * 2.0 * n1 * n2 * q * q * c.num_matched
         uncovered = self.num_params - sum(c.num_params for c in self._covered)
         flops += half * 2.0 * n1 * n2 * q * q * uncovered
         seconds = flops / (_SHARE_OF_RATE["gram"] * self.rates.flops) + moved / self.rates.bytes
