@@ -10,12 +10,13 @@ from functools import cached_property
 from typing import TypeAlias
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from ntk_lazy.engines.chunks import Chunks, slices
 from ntk_lazy.engines.coverage import Coverage
 from ntk_lazy.engines.derivatives import Derivatives
+from ntk_lazy.engines.flat import FlatLayout, squared_norms
 from ntk_lazy.errors import UnsupportedModuleError
 from ntk_lazy.gemm import times_transposed
 from ntk_lazy.model import FunctionalModel
@@ -34,6 +35,7 @@ ExampleRows: TypeAlias = Float[Tensor, "examples rows features"]
 RowIndex: TypeAlias = Int64[Tensor, " entries"]  # rows of all outputs of all examples
 Entries: TypeAlias = Float[Tensor, " entries"]
 
+_BLOCK_SHARE = 0.25  # of the budget: parameter vectors whose norms are wanted
 _STRIP_SHARE = 0.0625  # of the budget: entries of K that are written down beside those that are wanted
 
 
@@ -160,6 +162,22 @@ class Engine(ABC):
     @abstractmethod
     def half_gram(self, x: Tensor, V: Block) -> SmallMatrix:
         """Return ``(Jᵀ V)ᵀ (Jᵀ V)`` in float64 on the CPU."""
+
+    def energies(self, x: Tensor, V: Block) -> dict[str, Float64[Tensor, " k"]]:
+        """Return ``‖J_pᵀ v‖²`` for each parameter p and column v, on the CPU.
+
+        Cost: half a product; a quarter of the budget holds parameter vectors, one at least.
+        """
+        k, flat = V.shape[1], FlatLayout.of(self.model.params)
+        found = {name: torch.zeros(k, dtype=torch.float64) for name in flat.shapes}
+        # Twice: while it is made, a block is added up from those of chunks.
+        one = 2 * self.num_features * self.model.dtype.itemsize
+        for columns in slices(k, max(1, int(_BLOCK_SHARE * self.budget) // max(1, one))):
+            W = self.pull(x, V[:, columns]).unflatten(1, (self.layout.passes, -1))
+            for name, place in flat.slices().items():
+                found[name][columns] = squared_norms(W[..., place])
+            del W
+        return found
 
     @abstractmethod
     def rows(self, x: Tensor) -> ExampleRows:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TypeVar, final
 
 import torch
+from jaxtyping import Float64
 from torch import Tensor
 from typing_extensions import override
 
@@ -198,6 +199,10 @@ class PlannedEngine(Engine):
     @override
     def half_gram(self, x: Tensor, V: Block) -> SmallMatrix:
         return self._try(self._series or self._layers, lambda engine: engine.half_gram(x, V))
+
+    @override
+    def energies(self, x: Tensor, V: Block) -> dict[str, Float64[Tensor, " k"]]:
+        return self._try(self._layers, lambda engine: engine.energies(x, V))
 
     @override
     def rows(self, x: Tensor) -> ExampleRows:
