@@ -1,0 +1,132 @@
+"""The precision that a model really computes in, which may be coarser than that of its parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from typing import Any, final
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+from typing_extensions import override
+
+from ntk_lazy.engines.rounding import largest
+from ntk_lazy.engines.suspects import TRANSFORM_ERRORS, Call, first_line, named
+from ntk_lazy.engines.watch import Watch
+from ntk_lazy.errors import UnsupportedModuleError
+from ntk_lazy.model import FunctionalModel
+from ntk_lazy.widened import HALF, coarsest
+
+
+@final
+class Arithmetic(Watch):
+    """Notice in which dtypes a forward pass computes what depends on the parameters, and where.
+
+    What depends on them is told by the memory it lies in.
+
+    Attributes:
+        coarsest: The coarsest dtype of any result, with parameters in it or not.
+        is_left: Whether computing in the dtype of J instead gives the same outputs, but for rounding.
+    """
+
+    def __init__(self, params: Collection[Tensor], running: Sequence[Call]) -> None:
+        """Begin.
+
+        Args:
+            params: Those that make up J, as the forward pass is given them.
+            running: The modules that run at the time, the innermost one last.
+        """
+        super().__init__()
+        self.coarsest = self._dtype = coarsest(params)
+        self.is_left = False
+        self._dependent = {p.untyped_storage().data_ptr() for p in params}
+        self._running = running
+        self._found: dict[torch.dtype, str] = {}
+
+    @override
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        is_dependent = not self._dependent.isdisjoint(map(_address, _tensors((args, kwargs))))
+        for tensor in _tensors(made):
+            (self._dependent.add if is_dependent else self._dependent.discard)(_address(tensor))
+            if tensor.is_floating_point() and _eps(tensor.dtype) > _eps(self._dtype):
+                self.coarsest = max(self.coarsest, tensor.dtype, key=_eps)
+                if is_dependent:
+                    self._found.setdefault(tensor.dtype, self._where())
+        return made
+
+    def widen(self, model: FunctionalModel, x: Tensor, output: Tensor, *, is_random: bool) -> FunctionalModel:
+        """Leave out the coarser dtypes that parameters go through, if there are any and the model does without them.
+
+        Args:
+            model: As it was run, with its casts.
+            x: Examples.
+            output: What it returned for them.
+            is_random: Whether it may return something else each time.
+
+        Returns:
+            The model as products should run it.
+
+        Cost: one forward pass, where there are any.
+
+        Raises:
+            UnsupportedModuleError: It does not, and they leave no more than three digits of a derivative.
+        """
+        if not self._found:
+            return model
+        worst = max(self._found, key=_eps)
+        if _eps(worst) > _eps(torch.bfloat16):
+            raise self._refusal(worst, "which leaves no more than a digit of a derivative")
+        try:
+            wider = replace(model, is_widened=True)
+            wide = replace(wider, has_private_buffers=True)(model.params, x)
+        except torch.OutOfMemoryError:
+            raise
+        except (*TRANSFORM_ERRORS, AssertionError) as error:
+            what = f"and fails where it is not ({type(error).__name__}: {first_line(error)})"
+        else:
+            # Rounding of a deep network is far below the root of eps, and another function far above.
+            self.is_left = is_random or largest(wide - output) <= _eps(worst) ** 0.5 * largest(output)
+            what = "and its outputs hang on that"
+        if not self.is_left and worst in HALF:
+            raise self._refusal(worst, what)
+        return wider if self.is_left else model
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What is worth knowing of precisions coarser than that of J."""
+        mine, remarks = _name(self._dtype), []
+        for dtype, where in self._found.items():
+            about = f"to about {_eps(dtype):.0e}"
+            if self.is_left:
+                what = f"products leave that out and run in {mine}. The outputs as they are agree {about}."
+            else:
+                what = f"K is right {about}, although it is in {mine}."
+            remarks.append(f"{where} computes in {_name(dtype)}: {what}")
+        return tuple(remarks)
+
+    def _refusal(self, dtype: torch.dtype, what: str) -> UnsupportedModuleError:
+        return UnsupportedModuleError(
+            f"{self._found[dtype]} computes in {_name(dtype)}, {what}. Take the cast, or torch.autocast, out of the "
+            "forward pass, or return what comes before the cast; output_fn is applied to what the model returns."
+        )
+
+    def _where(self) -> str:
+        return named(list(self._running[-1:]))
+
+
+def _tensors(given: Any) -> list[Tensor]:
+    return [t for t in tree_leaves(given) if isinstance(t, Tensor) and t.layout is torch.strided]
+
+
+def _address(tensor: Tensor) -> int:
+    return 0 if tensor._is_zerotensor() else tensor.untyped_storage().data_ptr()
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _eps(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps
