@@ -1,9 +1,10 @@
-"""The precision that a model really computes in, which may be coarser than that of its parameters."""
+"""What a model computes with that depends on its parameters: in which dtypes, and by which rules at ties."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, final
 
 import torch
@@ -13,6 +14,7 @@ from typing_extensions import override
 
 from ntk_lazy.engines.rounding import largest
 from ntk_lazy.engines.suspects import TRANSFORM_ERRORS, Call, first_line, named
+from ntk_lazy.engines.ties import rule_at_ties
 from ntk_lazy.engines.watch import Watch
 from ntk_lazy.errors import UnsupportedModuleError
 from ntk_lazy.model import FunctionalModel
@@ -21,35 +23,50 @@ from ntk_lazy.widened import HALF, coarsest
 
 @final
 class Arithmetic(Watch):
-    """Notice in which dtypes a forward pass computes what depends on the parameters, and where.
+    """Notice how a forward pass computes what depends on the parameters, and where.
 
-    What depends on them is told by the memory it lies in.
+    What depends on them, and on the examples, is told by the memory it lies in.
 
     Attributes:
         coarsest: The coarsest dtype of any result, with parameters in it or not.
+        ties: Operators whose modes of differentiation differ at ties, and the module that used them first.
         is_left: Whether computing in the dtype of J instead gives the same outputs, but for rounding.
     """
 
-    def __init__(self, params: Collection[Tensor], running: Sequence[Call]) -> None:
+    def __init__(self, params: Collection[Tensor], x: Tensor, running: Sequence[Call]) -> None:
         """Begin.
 
         Args:
             params: Those that make up J, as the forward pass is given them.
+            x: The examples.
             running: The modules that run at the time, the innermost one last.
         """
         super().__init__()
         self.coarsest = self._dtype = coarsest(params)
         self.is_left = False
-        self._dependent = {p.untyped_storage().data_ptr() for p in params}
+        self._dependent = set(map(_address, params))
+        self._varying = {_address(x)}
+        self.ties: dict[str, str] = {}
         self._running = running
         self._found: dict[torch.dtype, str] = {}
 
     @override
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        rule = rule_at_ties(
+            func,
+            args,
+            kwargs or {},
+            depends=partial(_lies_in, self._dependent),
+            varies=partial(_lies_in, self._varying),
+        )
+        if rule:
+            self.ties.setdefault(rule, self._where())
+        given = set(map(_address, _tensors((args, kwargs))))
         made = func(*args, **(kwargs or {}))
-        is_dependent = not self._dependent.isdisjoint(map(_address, _tensors((args, kwargs))))
+        is_dependent = not self._dependent.isdisjoint(given)
         for tensor in _tensors(made):
-            (self._dependent.add if is_dependent else self._dependent.discard)(_address(tensor))
+            for kept in (self._dependent, self._varying):
+                (kept.discard if kept.isdisjoint(given) else kept.add)(_address(tensor))
             if tensor.is_floating_point() and _eps(tensor.dtype) > _eps(self._dtype):
                 self.coarsest = max(self.coarsest, tensor.dtype, key=_eps)
                 if is_dependent:
@@ -118,6 +135,10 @@ class Arithmetic(Watch):
 
 def _tensors(given: Any) -> list[Tensor]:
     return [t for t in tree_leaves(given) if isinstance(t, Tensor) and t.layout is torch.strided]
+
+
+def _lies_in(addresses: set[int], given: Any) -> bool:
+    return not addresses.isdisjoint(map(_address, _tensors(given)))
 
 
 def _address(tensor: Tensor) -> int:

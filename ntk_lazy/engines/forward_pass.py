@@ -71,7 +71,7 @@ class ForwardPass:
         versions = {name: t._version for name, t in tensors.items()}
         states = _random_states(x)
         running: list[Call] = []
-        arithmetic = Arithmetic(copy.params.values(), running)
+        arithmetic = Arithmetic(copy.params.values(), x, running)
         with (
             suspects.recorded_calls(model.call.module, running) as calls,
             EmbeddingWatch(copy.constants.values()) as watch,
