@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 
@@ -130,6 +131,24 @@ def test_a_search_for_eigenpairs_finds_those_of_a_float64_model_with_float32_ins
     pairs = nl.eigsh(nl.ntk(module, tokens(), engine="autodiff"), 5, solver=nl.Lanczos())
     assert pairs.status == "converged"
     assert defect(pairs.values, torch.linalg.eigvalsh(J @ J.mT).flip(0)[:5]) < 1e-5
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_float32_inside_is_left_out_where_outputs_cancel(engine: str):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 8), RootMeanSquare(8), nn.Tanh(), nn.Linear(8, 2)).double()
+    target = copy.deepcopy(net).requires_grad_(False)
+
+    def residual(params: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(net, params, x) - target(x)
+
+    x, params = torch.randn(6, 5, dtype=torch.float64), {n: p.detach() for n, p in net.named_parameters()}
+    params["3.weight"] = params["3.weight"] * (1 + 1e-12)
+    J = dense_jacobian(net, x)
+    K = nl.ntk(residual, x, params=params, engine=engine)
+    V = torch.randn(12, 3, generator=Generator().manual_seed(0), dtype=torch.float64)
+    assert defect(K @ V, J @ (J.mT @ V)) < 100 * torch.finfo(torch.float32).eps
+    assert defect(V.mT @ (K @ V), (V.mT @ (K @ V)).mT) < 100 * torch.finfo(torch.float64).eps
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
+from ntk_lazy.engines.perturbed import MeasuredRounding
 from ntk_lazy.engines.rounding import largest
 from ntk_lazy.engines.suspects import TRANSFORM_ERRORS, Call, first_line, named
 from ntk_lazy.engines.ties import rule_at_ties
@@ -85,7 +86,7 @@ class Arithmetic(Watch):
         Returns:
             The model as products should run it.
 
-        Cost: one forward pass, where there are any.
+        Cost: one forward pass where there are any, and 3 more where outputs cancel.
 
         Raises:
             UnsupportedModuleError: It does not, and they leave no more than three digits of a derivative.
@@ -104,7 +105,10 @@ class Arithmetic(Watch):
             what = f"and fails where it is not ({type(error).__name__}: {first_line(error)})"
         else:
             # Rounding of a deep network is far below the root of eps, and another function far above.
-            self.is_left = is_random or largest(wide - output) <= _eps(worst) ** 0.5 * largest(output)
+            difference = largest(wide - output)
+            self.is_left = is_random or difference <= _eps(worst) ** 0.5 * largest(output)
+            if not self.is_left and worst not in HALF:  # unless terms cancel
+                self.is_left = difference <= MeasuredRounding(model, x, coarsest=self.coarsest).outputs
             what = "and its outputs hang on that"
         if not self.is_left and worst in HALF:
             raise self._refusal(worst, what)
