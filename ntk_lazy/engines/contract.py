@@ -66,6 +66,8 @@ class Preflight:
         activation_bytes: Saved for the backward pass of one example, parameters excluded.
         coverage: For which parameters J can be had as factors.
         draws_numbers: Whether it draws random numbers, which must not move the user's generator.
+        is_widened: Whether casts to half precision inside of it are left out.
+        remarks: What is worth knowing of the precision that it computes in.
     """
 
     find_derivatives: Callable[[], Derivatives]
@@ -77,6 +79,8 @@ class Preflight:
     coverage: Coverage
     draws_numbers: bool = False
     times: PassTimes | None = None
+    is_widened: bool = False
+    remarks: tuple[str, ...] = ()
 
     @cached_property
     def derivatives(self) -> Derivatives:

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from ntk_lazy.engines import suspects
+from ntk_lazy.engines.arithmetic import Arithmetic
 from ntk_lazy.engines.perturbed import MeasuredRounding
 from ntk_lazy.engines.rounding import Rounding, largest
 from ntk_lazy.engines.suspects import Call, EmbeddingWatch, named
 from ntk_lazy.errors import NonFiniteError, ShapeError, UnsupportedModuleError
 from ntk_lazy.model import FunctionalModel
+from ntk_lazy.widened import HALF
 
 # A rare event (dropout with a small p) must show in one of these.
 _TRIALS_OF_RANDOM_MODELS = 8
@@ -36,6 +38,7 @@ class ForwardPass:
         draws_numbers: Whether random numbers were drawn.
         rounding: What rounding may do to outputs and gradients, by their size.
         measured: What it really does, should that be more.
+        arithmetic: The precision that was computed in.
     """
 
     copy: FunctionalModel
@@ -47,6 +50,7 @@ class ForwardPass:
     draws_numbers: bool
     rounding: Rounding
     measured: MeasuredRounding
+    arithmetic: Arithmetic
 
     @classmethod
     def run(cls, model: FunctionalModel, x: Tensor) -> Self:
@@ -66,14 +70,25 @@ class ForwardPass:
         tensors = copy.params | copy.constants
         versions = {name: t._version for name, t in tensors.items()}
         states = _random_states(x)
-        with suspects.recorded_calls(model.call.module) as calls, EmbeddingWatch(copy.constants.values()) as watch:
-            output = _apply(copy, x)
+        running: list[Call] = []
+        arithmetic = Arithmetic(copy.params.values(), x, running)
+        with (
+            suspects.recorded_calls(model.call.module, running) as calls,
+            EmbeddingWatch(copy.constants.values()) as watch,
+            arithmetic,
+        ):
+            copy, output = _apply_half(copy, x)
         written = [name for name, t in tensors.items() if t._version != versions[name]]
         _refuse_written_parameters([name for name in written if name not in model.buffer_names], calls)
         _check_output(output)
         draws = states != _random_states(x)
+        wider = arithmetic.widen(copy, x, output, is_random=draws)
+        if wider is not copy:
+            copy, output = wider, wider(wider.params, x)
         rounding = Rounding.of((*copy.params.values(), output))
-        return cls(copy, x, output, calls, watch, written, draws, rounding, MeasuredRounding(model, x))
+        alike = replace(model, is_widened=copy.is_widened)
+        measured = MeasuredRounding(alike, x, coarsest=arithmetic.coarsest)
+        return cls(copy, x, output, calls, watch, written, draws, rounding, measured, arithmetic)
 
     @property
     def writes_buffers(self) -> bool:
@@ -117,6 +132,20 @@ class ForwardPass:
             "two applications of the model to the same examples differ: its forward pass is random or keeps state. "
             "Call model.eval() first, or take that out of the forward pass."
         )
+
+
+def _apply_half(model: FunctionalModel, x: Tensor) -> tuple[FunctionalModel, Tensor]:
+    """Apply a model; one with parameters in half precision, which are widened, may need its own casts widened too."""
+    try:
+        return model, _apply(model, x)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:
+        module = model.call.module
+        if model.is_widened or module is None or not any(p.dtype in HALF for p in module.parameters()):
+            raise
+        model = replace(model, is_widened=True)
+        return model, _apply(model, x)
 
 
 def _apply(model: FunctionalModel, x: Tensor) -> Tensor:

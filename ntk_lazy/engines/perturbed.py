@@ -47,10 +47,11 @@ class MeasuredRounding:
         parameter vectors, each once.
     """
 
-    def __init__(self, model: FunctionalModel, x: Tensor) -> None:
+    def __init__(self, model: FunctionalModel, x: Tensor, *, coarsest: torch.dtype) -> None:
+        """Prepare for a model that computes on these examples in no coarser dtype than that."""
         self._model = replace(model, has_private_buffers=True)
         self._x = x
-        self._magnification = torch.finfo(model.dtype).eps ** -0.5
+        self._magnification = torch.finfo(coarsest).eps ** -0.5
 
     @cached_property
     def outputs(self) -> float:

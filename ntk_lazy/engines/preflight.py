@@ -60,7 +60,12 @@ def check(model: FunctionalModel, x: Tensor) -> Preflight:
     with quiet(x) as caught:
         forward = ForwardPass.run(model, x)
         forward.check_determinism()
-        model = replace(model, has_private_buffers=forward.writes_buffers, keeps_generators=forward.draws_numbers)
+        model = replace(
+            model,
+            has_private_buffers=forward.writes_buffers,
+            keeps_generators=forward.draws_numbers,
+            is_widened=forward.copy.is_widened,
+        )
         activation_bytes = _measure_activations(model, x)
         with FlopCount() as counter:
             model(model.params, x)
@@ -85,6 +90,8 @@ def check(model: FunctionalModel, x: Tensor) -> Preflight:
         times=times,
         activation_bytes=activation_bytes,
         coverage=coverage,
+        is_widened=model.is_widened,
+        remarks=forward.arithmetic.remarks,
     )
 
 
