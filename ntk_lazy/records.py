@@ -96,16 +96,18 @@ class SpectrumRecord:
         return bool(self.values)
 
     @property
+    def is_below_noise(self) -> tuple[bool, ...]:
+        """Which values cannot be told from zero; none, where the floor is not known."""
+        return tuple(value <= self.noise_floor * self.values[0] for value in self.values)
+
+    @property
     def num_trusted(self) -> int:
         """How many leading pairs passed their test and lie above the noise floor.
 
         Energies beyond this index are not trustworthy: the vectors there are rounding errors.
         """
-        if not self.values:
-            return 0
-        floor = self.noise_floor * self.values[0]
-        for index, (value, passed) in enumerate(zip(self.values, self.converged, strict=True)):
-            if not passed or value <= floor:
+        for index, (is_below, passed) in enumerate(zip(self.is_below_noise, self.converged, strict=True)):
+            if is_below or not passed:
                 return index
         return len(self.values)
 

@@ -30,6 +30,8 @@ _REPORT_EXAMPLE = """\
 example:
   ntk-lazy report runs/demo-0
       writes report.html, claims.json and figures/ of that study again, finished or not
+  ntk-lazy report runs/claims-0 --compare runs/quarter runs/wide runs/two runs/three runs/four
+      the same, and decides claims that compare several studies
 """
 
 
@@ -66,6 +68,14 @@ def add_to(commands: Any) -> None:
         formatter_class=raw,
     )
     report.add_argument("folder", type=Path, help="folder of a study")
+    report.add_argument(
+        "--compare",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FOLDER",
+        help="other studies, for the claims that need several: other depths, a quarter of lr, a wide network",
+    )
     report.set_defaults(run=_report)
 
 
@@ -99,7 +109,8 @@ def _report(arguments: argparse.Namespace) -> int:
     from ntk_lazy.study.folder import StudyFolder
 
     folder = StudyFolder(arguments.folder)
-    evidence = Evidence.load(folder)
+    others = tuple(Evidence.load(StudyFolder(other)) for other in arguments.compare)
+    evidence = dataclasses.replace(Evidence.load(folder), others=others)
     _print_verdicts(evidence)
     path = _write(evidence, folder)
     sys.stdout.write(f"report: {path}\n")

@@ -55,6 +55,7 @@ class Evidence:
         losses: Steps and training losses, finer than the snapshots.
         training_seconds: Wall time of the training alone.
         unsaved: What the folder had no room for, in words.
+        others: Finished studies with other settings, for the claims that compare several.
     """
 
     config: StudyConfig
@@ -65,6 +66,7 @@ class Evidence:
     losses: tuple[np.ndarray, np.ndarray] | None = None
     training_seconds: float = 0.0
     unsaved: tuple[str, ...] = ()
+    others: tuple[Evidence, ...] = ()
 
     @classmethod
     def load(cls, folder: StudyFolder) -> Evidence:

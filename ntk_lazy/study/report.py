@@ -111,11 +111,15 @@ def _numbers(evidence: Evidence, claims: list[Claim], k: int) -> list[dict[str, 
                 "value": f"{first.energy('target', k):.2f} → {last.energy('target', k):.2f}",
                 "label": f"of the target in the top {k} eigenvectors",
             },
-            {"value": f"{last.values[0] / first.values[0]:.1f} ×", "label": "growth of the largest eigenvalue"},
-            {"value": f"{last.scalar('loss'):.4f}", "label": "training loss at the end"},
+            {"value": _ratio(first, last), "label": f"largest eigenvalue, step {last.step:,} to step {first.step:,}"},
+            {"value": f"{last.scalar('loss'):.4f}", "label": f"training loss at step {last.step:,}"},
             {"value": f"{worst:.0e}", "label": "largest relative residual of any pair"},
         ]
     return found
+
+
+def _ratio(first: SpectrumRecord, last: SpectrumRecord) -> str:
+    return f"{last.values[0] / first.values[0]:.2g} ×" if first.values[0] > 0 else "–"
 
 
 def _times(evidence: Evidence) -> str:

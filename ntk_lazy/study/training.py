@@ -27,10 +27,11 @@ def loss_stride(config: StudyConfig) -> int:
     return max(1, config.steps // _CURVE_POINTS)
 
 
-def known_losses(losses: NDArray[np.float64], config: StudyConfig) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def known_losses(losses: NDArray[np.float64], config: StudyConfig) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Return the steps and values of the losses that are not still to come."""
     known = np.isfinite(losses)
-    return np.arange(len(losses))[known] * loss_stride(config), losses[known]
+    steps = np.arange(len(losses), dtype=np.int64) * loss_stride(config)
+    return steps[known], losses[known]
 
 
 class DivergedError(NTKLazyError):
@@ -62,7 +63,7 @@ class Training:
         self._params = list(model.parameters())
 
     @property
-    def curve(self) -> tuple[NDArray[Any], NDArray[np.float64]]:
+    def curve(self) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         """Steps and training losses so far."""
         return known_losses(self.losses.numpy(), self._config)
 

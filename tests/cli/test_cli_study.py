@@ -40,7 +40,7 @@ def test_a_study_writes_its_report_and_its_command_resumes_it(workplace, monkeyp
     assert "C11" in out
     records = (workplace / "out" / "spectrum.jsonl").read_bytes()
     (workplace / "out" / "report.html").unlink()
-    assert main(["report", "out"]) == 0
+    assert main(["report", "out", "--compare", "out"]) == 0
     assert (workplace / "out" / "report.html").is_file()
     assert "report: out/report.html" in capsys.readouterr().out
     monkeypatch.setattr("ntk_lazy.study.report.write_report", lambda evidence, folder: folder.report)
