@@ -120,6 +120,14 @@ class SpectrumRecord:
         """Return a named number, or NaN where it was not measured."""
         return self.scalars.get(name, math.nan)
 
+    @property
+    def failures_in_words(self) -> str:
+        """What is missing, each reason with the names it costs; empty if nothing is."""
+        names: dict[str, list[str]] = {}
+        for name, reason in self.failures.items():
+            names.setdefault(reason, []).append(name)
+        return "; ".join(f"{reason} ({', '.join(costs)})" for reason, costs in names.items())
+
     def to_json(self) -> str:
         """Write the record as one line of strict JSON; a number that is not finite becomes null."""
         return json.dumps(

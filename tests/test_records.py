@@ -160,6 +160,9 @@ def test_of_several_records_of_one_step_the_last_with_a_spectrum_is_read(tmp_pat
 def test_reasons_of_failures_survive_and_old_records_have_none():
     record = make_record(failures={"stability": "lr=0"})
     assert SpectrumRecord.from_json(record.to_json()) == record
+    more = dataclasses.replace(record, failures={"stability": "lr=0", "loss": "it is nan", "critical": "lr=0"})
+    assert more.failures_in_words == "lr=0 (stability, critical); it is nan (loss)"
+    assert make_record().failures_in_words == ""
     data = json.loads(make_record().to_json())
     del data["failures"]
     assert SpectrumRecord.from_json(json.dumps(data)).failures == {}

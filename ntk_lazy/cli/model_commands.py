@@ -255,6 +255,8 @@ def _print_record(record: SpectrumRecord) -> None:
         write(f"{name.replace('_', ' '):<26} {value:.6g}" + (f" ± {error:.1g}\n" if error else "\n"))
     for name, curve in record.energies.items():
         write(f"energy of the {name:<12} {curve[-1]:.4f} in the top {len(curve)}\n")
+    if record.failures:
+        write(f"not measured: {record.failures_in_words}\n")
 
 
 def _explain(arguments: argparse.Namespace) -> int:

@@ -6,6 +6,7 @@ import io
 import re
 import sys
 
+import numpy as np
 import pytest
 import torch
 from commands import SPECTRUM, data, listing, replaced, run_process, trained
@@ -74,6 +75,14 @@ def test_without_a_number_of_pairs_there_are_no_more_than_rows(workplace, capsys
     assert main([*arguments, "--outputs", "1"]) in (0, 1)
     (record,) = read_records(workplace / "out" / "spectrum.jsonl")
     assert len(record.values) == 30
+
+
+def test_what_could_not_be_measured_is_printed_with_its_reason(workplace, capsys):
+    np.save("zeros.npy", np.zeros((30, 2)))
+    assert main([*SPECTRUM, "--target", "zeros.npy"]) == 0
+    out = capsys.readouterr().out
+    assert "not measured: the target is zero (energies.target, kernel_target_alignment)\n" in out
+    assert "energy of the output" in out
 
 
 def test_values_below_the_noise_floor_are_marked(workplace, capsys):
