@@ -34,6 +34,7 @@ RowIndex: TypeAlias = Int64[Tensor, " entries"]  # rows of all outputs of all ex
 Entries: TypeAlias = Float[Tensor, " entries"]
 
 _STRIP_SHARE = 0.0625  # of the budget: entries of K that are written down beside those that are wanted
+_SECONDS_TO_FIND_OUT = 1.0  # how a model differentiates: loads parts of torch, and takes a dozen passes
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,22 @@ class Preflight:
     def derivatives(self) -> Derivatives:
         """What automatic differentiation can do; found out once, at the parameters of that time."""
         return self.find_derivatives()
+
+    @property
+    def knows_derivatives(self) -> bool:
+        """Whether that was found out already: by the check itself, where some parameters have no factors."""
+        return bool(self.coverage.uncovered) or "derivatives" in vars(self)
+
+    def pays_to_differentiate(self, seconds: float) -> bool:
+        """Whether so many seconds, which automatic differentiation would save at its best, are worth a look at it.
+
+        What was not worth it before counts too, so that many short products come to what a long one does.
+        """
+        if seconds <= 0 or self.knows_derivatives:
+            return seconds > 0
+        missed = vars(self).get("_missed", 0.0) + seconds
+        vars(self)["_missed"] = missed  # kept as a cached property is: no part of the value
+        return missed > _SECONDS_TO_FIND_OUT
 
 
 class Engine(ABC):
