@@ -37,6 +37,7 @@ Entries: TypeAlias = Float[Tensor, " entries"]
 
 _BLOCK_SHARE = 0.25  # of the budget: parameter vectors whose norms are wanted
 _STRIP_SHARE = 0.0625  # of the budget: entries of K that are written down beside those that are wanted
+_SECONDS_TO_FIND_OUT = 1.0  # how a model differentiates: loads parts of torch, and takes a dozen passes
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,22 @@ class Preflight:
                 f"({self._second_fault}). Give custom operations a backward pass that is differentiable itself; or "
                 "ask for no gradient of K: torch.no_grad(), or requires_grad_(False) on parameters and inputs."
             )
+
+    @property
+    def knows_derivatives(self) -> bool:
+        """Whether that was found out already: by the check itself, where some parameters have no factors."""
+        return bool(self.coverage.uncovered) or "derivatives" in vars(self)
+
+    def pays_to_differentiate(self, seconds: float) -> bool:
+        """Whether so many seconds, which automatic differentiation would save at its best, are worth a look at it.
+
+        What was not worth it before counts too, so that many short products come to what a long one does.
+        """
+        if seconds <= 0 or self.knows_derivatives:
+            return seconds > 0
+        missed = vars(self).get("_missed", 0.0) + seconds
+        vars(self)["_missed"] = missed  # kept as a cached property is: no part of the value
+        return missed > _SECONDS_TO_FIND_OUT
 
 
 class Engine(ABC):

@@ -290,7 +290,8 @@ class PlannedEngine(Engine):
         is_kept = calls > 1 and self.factors.store.keeps(num_examples1 + num_examples2)
         # The side of the rows is the same in all calls.
         layers = calls * min(cost.tiles(), cost.products(columns)) + cost.capture() * (1 if is_kept else calls)
-        if layers <= cost.autodiff(columns, calls, mode="forward-over-reverse"):
+        least = cost.autodiff(columns, calls, mode="forward-over-reverse")
+        if not self.preflight.pays_to_differentiate(layers - least):
             return self.factors
         return self.factors if layers <= cost.autodiff(columns, calls) else self.autodiff
 
@@ -298,8 +299,8 @@ class PlannedEngine(Engine):
         """Choose as ``alternatives`` ranks; how the model differentiates is found out only where it could matter."""
         cost = self._cost(num_examples, is_symmetric)
         best = next(iter(ranked(self._by_layers(cost, columns, calls))), None)
-        least = cost.autodiff(columns, calls, mode="forward-over-reverse")
-        if best is not None and best.num_bytes is not None and best.seconds <= least:
+        least, pays = cost.autodiff(columns, calls, mode="forward-over-reverse"), self.preflight.pays_to_differentiate
+        if best is not None and best.num_bytes is not None and not pays(best.seconds - least):
             return self.choice(best.engine)
         ways = self.alternatives(num_examples, is_symmetric=is_symmetric, columns=columns, calls=calls)
         return self.choice(ways[0].engine)
