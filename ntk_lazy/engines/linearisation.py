@@ -13,19 +13,12 @@ from torch import Tensor
 from torch.func import jvp, vjp, vmap
 from typing_extensions import override
 
-from ntk_lazy.errors import ArgumentError
 from ntk_lazy.model import FunctionalModel
 
 Cotangents: TypeAlias = Float[Tensor, "columns examples outputs"]
 Tangents: TypeAlias = dict[str, Tensor]
 LinearisationMode: TypeAlias = Literal["forward-over-reverse", "double-reverse"]
 Result = TypeVar("Result")
-
-
-def refuse_inference_mode() -> None:
-    """Raise where torch keeps no record of what a derivative needs."""
-    if torch.is_inference_mode_enabled():
-        raise ArgumentError("torch.inference_mode() forbids derivatives. Use torch.no_grad() there instead.")
 
 
 class Linearisation(ABC):
@@ -147,7 +140,6 @@ class DoubleReverse(Linearisation):
 
     def _evaluate(self, leaves: Tangents, then: Callable[[Tensor], Result]) -> Result:
         """Run the model with a graph, and ``then`` in the caller's grad mode while the module holds the leaves."""
-        refuse_inference_mode()
         is_enabled = torch.is_grad_enabled()
 
         def in_callers_mode(output: Tensor) -> Result:

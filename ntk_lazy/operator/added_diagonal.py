@@ -25,6 +25,7 @@ from ntk_lazy.gemm import times_transposed
 from ntk_lazy.linalg.conjugate_gradients import Preconditioner, conjugate_gradients
 from ntk_lazy.linalg.tiles import row_tiles
 from ntk_lazy.operator.log_likelihood import log_likelihood_terms
+from ntk_lazy.operator.ordinary import in_ordinary_mode
 from ntk_lazy.operator.preconditioner_rank import preconditioner_rank
 from ntk_lazy.operator.roots import known_norm, lanczos_inverse_root, lanczos_root, randomised_root, root_of_kept_pairs
 from ntk_lazy.operator.weight_space import WeightSolution, WeightSpace
@@ -38,6 +39,7 @@ _TYPICAL_SOLVES = 10  # of a training: what is made of K alone pays for all of t
 
 
 @final
+@in_ordinary_mode
 class AddedDiagonal(AddedDiagLinearOperator):  # type: ignore[misc]  # linear_operator has no types
     """``K + D`` with a tangent kernel K.
 
