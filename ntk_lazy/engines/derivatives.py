@@ -32,6 +32,7 @@ from ntk_lazy.engines.rounding import largest, noise
 from ntk_lazy.engines.suspects import TRANSFORM_ERRORS, named
 from ntk_lazy.model import FunctionalModel, generators_kept
 from ntk_lazy.precision import differentiable_attention, ieee_precision
+from ntk_lazy.threads import exclusive
 
 
 @final
@@ -73,10 +74,11 @@ class Derivatives:
 
 @contextmanager
 def quiet(x: Tensor) -> Iterator[list[warnings.WarningMessage]]:
-    """Build no graph by default, compute in IEEE arithmetic, keep the generators, and collect warnings."""
+    """Build no graph by default, compute in IEEE arithmetic, keep the generators, collect warnings, and be alone."""
     with (
-        torch.no_grad(),
+        exclusive(),
         ieee_precision(),
+        torch.no_grad(),
         differentiable_attention(),
         generators_kept(x.device),
         warnings.catch_warnings(record=True) as caught,

@@ -14,19 +14,12 @@ from torch.func import jvp, vjp, vmap
 from typing_extensions import override
 
 from ntk_lazy.engines.ties import WrittenOut
-from ntk_lazy.errors import ArgumentError
 from ntk_lazy.model import FunctionalModel
 
 Cotangents: TypeAlias = Float[Tensor, "columns examples outputs"]
 Tangents: TypeAlias = dict[str, Tensor]
 LinearisationMode: TypeAlias = Literal["forward-over-reverse", "double-reverse", "reverse by rows"]
 Result = TypeVar("Result")
-
-
-def refuse_inference_mode() -> None:
-    """Raise where torch keeps no record of what a derivative needs."""
-    if torch.is_inference_mode_enabled():
-        raise ArgumentError("torch.inference_mode() forbids derivatives. Use torch.no_grad() there instead.")
 
 
 class Linearisation(ABC):
@@ -118,7 +111,6 @@ class PlainReverse(Linearisation):
 
     def _evaluate(self, leaves: Tangents, then: Callable[[Tensor], Result]) -> Result:
         """Run the model with a graph, and ``then`` in the caller's grad mode while the module holds the leaves."""
-        refuse_inference_mode()
         is_enabled = torch.is_grad_enabled()
 
         def in_callers_mode(output: Tensor) -> Result:

@@ -16,12 +16,20 @@ from typing_extensions import override
 
 from ntk_lazy.engines.rounding import Rounding, noise
 from ntk_lazy.engines.watch import Watch
-from ntk_lazy.model import as_ieee, attributes_kept
+from ntk_lazy.model import as_ieee
+from ntk_lazy.module_state import module_state_kept
 from ntk_lazy.precision import differentiable_weight_norm
 
 # What a transform of functions raises where it meets an operation that it has no rule for. The module has run
 # without the transform by then, so that none of these can be the user's own.
 TRANSFORM_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError)
+# What a module raises besides, where it wants another number of examples.
+LOOKUP_ERRORS = (IndexError, KeyError, AssertionError)
+
+AS_ONE_EXAMPLE = (
+    "Where the first dimension are the nodes of one graph, or other parts of one thing, pass that as one example: "
+    "x.unsqueeze(0), to a module that returns torch.stack([model(one) for one in x])."
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,7 +194,7 @@ def _try_forward_mode(call: Call) -> str | None:
     def outputs(params: dict[str, Tensor], inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
         args = tuple(inputs[str(i)] if i in places else arg for i, arg in enumerate(call.args))
         buffers = {name: as_ieee(b.detach().clone()) for name, b in call.module.named_buffers()}
-        with attributes_kept(call.module), differentiable_weight_norm():
+        with module_state_kept(call.module), differentiable_weight_norm():
             returned = functional_call(call.module, {**params, **buffers}, args, call.kwargs)
         return tuple(_floating_tensors(returned))
 

@@ -26,6 +26,7 @@ from ntk_lazy.linalg.conjugate_gradients import FROM_ROUNDING, Preconditioner, c
 from ntk_lazy.linalg.tiles import row_tiles
 from ntk_lazy.operator.differentiation import differentiable_once, once, solve_for
 from ntk_lazy.operator.log_likelihood import log_likelihood_terms
+from ntk_lazy.operator.ordinary import in_ordinary_mode
 from ntk_lazy.operator.preconditioner_rank import preconditioner_rank
 from ntk_lazy.operator.roots import known_norm, lanczos_inverse_root, lanczos_root, randomised_root, root_of_kept_pairs
 from ntk_lazy.operator.weight_space import WeightSolution, WeightSpace
@@ -39,6 +40,7 @@ _TYPICAL_SOLVES = 10  # of a training: what is made of K alone pays for all of t
 
 
 @final
+@in_ordinary_mode
 class AddedDiagonal(AddedDiagLinearOperator):  # type: ignore[misc]  # linear_operator has no types
     """``K + D`` with a tangent kernel K.
 

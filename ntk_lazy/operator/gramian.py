@@ -2,21 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import wraps
 from itertools import product
 from math import sqrt
-from typing import final
+from typing import ParamSpec, TypeVar, final
 
 import torch
 from torch import Tensor
 
 from ntk_lazy.engines.contract import Engine, OtherBlock
 from ntk_lazy.errors import ArgumentError, ShapeError
+from ntk_lazy.modes import as_recordable, ordinary_mode
 from ntk_lazy.operator.bilinear import BilinearGradient
 from ntk_lazy.operator.entries import block, entries
 from ntk_lazy.operator.side import Side
 from ntk_lazy.shapes import Block, ParameterBlock, SmallMatrix
+from ntk_lazy.threads import exclusive
+
+Rest = ParamSpec("Rest")
+Result = TypeVar("Result")
+
+
+def _computes(method: Callable[Rest, Result]) -> Callable[Rest, Result]:
+    """Compute on ordinary tensors in ordinary mode, whatever the caller's, and for one thread at a time.
+
+    All that an operator computes comes through here: engines keep what products share, and call the user's module.
+    """
+
+    @wraps(method)
+    def compute(*args: Rest.args, **kwargs: Rest.kwargs) -> Result:
+        with ordinary_mode(), exclusive():
+            return method(*(as_recordable(arg) if isinstance(arg, Tensor) else arg for arg in args), **kwargs)  # type: ignore[arg-type]
+
+    return compute
 
 
 @final
@@ -61,6 +81,7 @@ class Gramian:
         """That of J."""
         return self.engine.model.device
 
+    @_computes
     def matmul(self, rhs: Tensor) -> Tensor:
         """Multiply with ``(*batch2, n2, k)``; batches of right-hand sides of one kernel are more columns of it."""
         batch = torch.broadcast_shapes(self.batch_shape, rhs.shape[:-2])
@@ -73,6 +94,7 @@ class Gramian:
             result[index] = self._product(side1, side2, rhs[index])
         return result
 
+    @_computes
     def matmul_afresh(self, V: OtherBlock) -> Block:
         """Multiply with a block by J alone, also where K is kept."""
         self._refuse_batch("matmul_afresh")
@@ -80,6 +102,7 @@ class Gramian:
         self._check_rows(V, side2)
         return self._scaled(side1.gather(self.engine.product_afresh(side1.x, side2.x, side2.scatter(V))))
 
+    @_computes
     def jacobian_matmul(self, W: ParameterBlock) -> Block:
         """Return ``sqrt(s) J1 W``."""
         self._refuse_batch("jacobian_matmul")
@@ -88,12 +111,14 @@ class Gramian:
         self._check_kind(W)
         return self._times_root_scale(self.side1.gather(self.engine.push(self.side1.x, W.mT.contiguous())))
 
+    @_computes
     def jacobian_rmatmul(self, V: Block) -> ParameterBlock:
         """Return ``sqrt(s) J1ᵀ V``."""
         self._refuse_batch("jacobian_rmatmul")
         self._check_rows(V, self.side1)
         return self._times_root_scale(self.engine.pull(self.side1.x, self.side1.scatter(V))).mT
 
+    @_computes
     def half_gram(self, V: Block) -> SmallMatrix:
         """Return ``s (J1ᵀV)ᵀ(J1ᵀV)`` in float64 on the CPU."""
         self._refuse_batch("half_gram")
@@ -102,6 +127,7 @@ class Gramian:
         self._check_rows(V, self.side1)
         return self.engine.half_gram(self.side1.x, self.side1.scatter(V)) * self._root_scale() ** 2
 
+    @_computes
     def parameter_energies(self, V: Block) -> dict[str, Tensor]:
         """Return ``s ‖J1_pᵀ v‖²`` for each parameter and column, ``(k,)`` in float64 on the CPU."""
         self._refuse_batch("parameter_energies")
@@ -109,6 +135,7 @@ class Gramian:
         energies = self.engine.energies(self.side1.x, self.side1.scatter(V))
         return {name: energy * self._root_scale() ** 2 for name, energy in energies.items()}
 
+    @_computes
     def entries(self, *index: Tensor) -> Tensor:
         """Compute entries at index tensors ``(*batch, row, column)`` of one shape, in the caller's grad mode."""
         *batch, rows, cols = (i.reshape(-1) for i in index)
@@ -124,12 +151,14 @@ class Gramian:
                 found, places = torch.cat([found, part]), torch.cat([places, wanted.nonzero().squeeze(1)])
         return self._scaled(found[places.argsort()].reshape(index[0].shape))
 
+    @_computes
     def dense(self) -> Tensor:
         """Compute all of K, in the caller's grad mode."""
         members = [block(self.engine, side1, side2) for _, side1, side2 in self._members(self.batch_shape)]
         # One kernel alone is not copied: it may be as large as memory.
         return self._scaled(torch.stack(members).reshape(self.shape) if self.batch_shape else members[0])
 
+    @_computes
     def bilinear(self, left: Tensor, right: Tensor, *, wrt: set[str]) -> BilinearGradient:
         """Differentiate ``sum_d left_dᵀ J1 J2ᵀ right_d``, summed over batches, in parameters and inputs.
 
@@ -144,6 +173,7 @@ class Gramian:
             total.add(self.engine, index, (side1, side2), (left[index], right[index]), wrt=wrt)
         return total
 
+    @_computes
     def bilinear_form(self, left: Tensor, right: Tensor) -> Tensor:
         """Return ``sum_d left_dᵀ K right_d``, summed over batches, with its graph: all examples and columns at once."""
         value = torch.zeros((), dtype=self.dtype, device=self.device)
@@ -156,6 +186,7 @@ class Gramian:
             value = value + torch.mul(*halves).sum()
         return self._scaled(value)
 
+    @_computes
     def dense_form(self, upstream: Tensor) -> Tensor:
         """Return ``⟨upstream, K⟩``, summed over batches, with its graph: all rows of J at once."""
         value = torch.zeros((), dtype=self.dtype, device=self.device)
@@ -164,6 +195,7 @@ class Gramian:
             value = value + (upstream[index] * (J1 @ J2.mT)).sum()
         return self._scaled(value)
 
+    @_computes
     def dense_gradient(self, upstream: Tensor, *, wrt: set[str]) -> BilinearGradient:
         """Differentiate ``⟨upstream, J1 J2ᵀ⟩``, summed over batches, in parameters and inputs.
 

@@ -16,10 +16,12 @@ from typing_extensions import override
 
 from ntk_lazy.errors import BudgetError, ShapeError
 from ntk_lazy.model import FunctionalModel, as_ieee
+from ntk_lazy.modes import ordinary_mode
 from ntk_lazy.operator.added_diagonal import AddedDiagonal
 from ntk_lazy.operator.differentiation import differentiable_once, multiply, once, solve_for
 from ntk_lazy.operator.indices import backward_slices, plain_indices
 from ntk_lazy.operator.job import job_of
+from ntk_lazy.operator.ordinary import in_ordinary_mode
 from ntk_lazy.operator.readout import read_entries, write_down
 from ntk_lazy.operator.representation import KernelRepresentation
 from ntk_lazy.operator.roots import keep_pairs, lanczos_inverse_root, lanczos_root
@@ -32,6 +34,7 @@ from ntk_lazy.solves import Solve
 
 
 @final
+@in_ordinary_mode
 class NTKLinearOperator(KernelRepresentation):
     """The empirical neural tangent kernel, lazily; made by ``ntk_lazy.ntk``.
 
@@ -73,6 +76,7 @@ class NTKLinearOperator(KernelRepresentation):
         """The rows of a long vector that this process holds: all of them."""
         return Rows(self._gramian.side1.num_rows)
 
+    @ordinary_mode()
     def explain(
         self, num_columns: int = 1, num_products: int = 1, *, eigenpairs: int | None = None, solve: Solve | None = None
     ) -> Plan:

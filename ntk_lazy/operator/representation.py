@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from ntk_lazy.engines.contract import X1, X2, Preflight
 from ntk_lazy.model import FunctionalModel, ModelCall
+from ntk_lazy.modes import as_recordable
 from ntk_lazy.operator.bilinear import BilinearGradient
 from ntk_lazy.operator.gramian import Gramian
 from ntk_lazy.operator.indices import is_everything, is_same_index
@@ -45,6 +46,10 @@ class KernelRepresentation(LinearOperator):  # type: ignore[misc]  # linear_oper
         scale: Tensor | None = None,
         **tensors: Tensor,
     ) -> None:
+        # In inference mode linear_operator builds operators too, and from tensors that were made in it.
+        x1 = as_recordable(x1)
+        x2, rows1, rows2, scale = (None if t is None else as_recordable(t) for t in (x2, rows1, rows2, scale))
+        tensors = {name: as_recordable(tensor) for name, tensor in tensors.items()}
         shared = {"call": call, "layout": layout, "preflight": preflight, "settings": settings}
         optional = {"rows1": rows1, "rows2": rows2, "scale": scale}
         inputs = (x1,) if x2 is None else (x1, x2)
