@@ -12,6 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from ntk_lazy.errors import ShapeError
+from ntk_lazy.gp.predictive_covariance import PredictiveCovariance
 from ntk_lazy.operator import NTKLinearOperator
 from ntk_lazy.operator.added_diagonal import AddedDiagonal
 from ntk_lazy.operator.weight_space import WeightSpace
@@ -66,9 +67,11 @@ class NTKPredictionStrategy(DefaultPredictionStrategy):  # type: ignore[misc]  #
         tests, weights = _evaluated(test_train_covar), None
         if tests is not None and not settings.skip_posterior_variances.on():
             weights = self._weight_space(tests)
-        if tests is None or weights is None:
-            return super().exact_predictive_covar(test_test_covar, test_train_covar)
-        return RootLinearOperator(weights.posterior_root(tests.gramian))
+        if tests is not None and weights is not None:
+            return PredictiveCovariance.of(RootLinearOperator(weights.posterior_root(tests.gramian)))
+        own = _evaluated(test_test_covar)
+        tests_alone = test_test_covar if own is None else own
+        return PredictiveCovariance.of(super().exact_predictive_covar(tests_alone, test_train_covar))
 
     def _weight_space(self, tests: NTKLinearOperator) -> WeightSpace | None:
         """The training points in the space of weights, if solves go by that and the root of the tests fits."""

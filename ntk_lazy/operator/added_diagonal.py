@@ -16,6 +16,7 @@ from linear_operator.operators import (
     PsdSumLinearOperator,
     RootLinearOperator,
 )
+from linear_operator.utils.memoize import cached
 from linear_operator.utils.warnings import NumericalWarning
 from torch import Tensor
 from typing_extensions import override
@@ -24,9 +25,19 @@ from ntk_lazy.errors import ArgumentError
 from ntk_lazy.gemm import times_transposed
 from ntk_lazy.linalg.conjugate_gradients import Preconditioner, conjugate_gradients
 from ntk_lazy.linalg.tiles import row_tiles
+from ntk_lazy.operator.appended_rows import with_rows
+from ntk_lazy.operator.cholesky import cholesky_of, power_of_two
 from ntk_lazy.operator.log_likelihood import log_likelihood_terms
 from ntk_lazy.operator.preconditioner_rank import preconditioner_rank
-from ntk_lazy.operator.roots import known_norm, lanczos_inverse_root, lanczos_root, randomised_root, root_of_kept_pairs
+from ntk_lazy.operator.roots import (
+    known_norm,
+    lanczos_inverse_root,
+    lanczos_root,
+    randomised_root,
+    root_of_kept_pairs,
+    samples_by_root,
+)
+from ntk_lazy.operator.shifted_root import shifted_root
 from ntk_lazy.operator.weight_space import WeightSolution, WeightSpace
 from ntk_lazy.precision import ieee_precision
 from ntk_lazy.solves import MOST_RTOL, TYPICAL_STEPS
@@ -88,10 +99,12 @@ class AddedDiagonal(AddedDiagLinearOperator):  # type: ignore[misc]  # linear_op
                 inverse = self.detach()._preconditioner_for(columns.shape[-1], 1)[0]
         batch = torch.broadcast_shapes(columns.shape[:-2], self.batch_shape)
         columns = columns.expand(*batch, *columns.shape[-2:])
+        # Products of float32 numbers leave its range where targets and K are large, or small, together.
+        units = power_of_two(columns.detach().abs().amax(-2, keepdim=True))
         with self.linearised(columns.shape[-1] * TYPICAL_STEPS):
             solution = conjugate_gradients(
                 self._matmul,
-                columns.detach(),
+                columns.detach() / units,
                 rtol=tolerance,
                 max_steps=max_steps,
                 # With Lanczos matrices there are steps enough, unless the tolerance asks for hardly any.
@@ -102,7 +115,7 @@ class AddedDiagonal(AddedDiagLinearOperator):  # type: ignore[misc]  # linear_op
             )
         if solution.residuals.numel():
             _warn(float(solution.residuals.max()), tolerance, max_steps, rounding=float(solution.rounding.max()))
-        X = solution.X if rhs.ndim > 1 else solution.X.squeeze(-1)
+        X = solution.X * units if rhs.ndim > 1 else (solution.X * units).squeeze(-1)
         return (X, solution.tridiagonal) if num_tridiag else X
 
     @override
@@ -256,8 +269,18 @@ class AddedDiagonal(AddedDiagLinearOperator):  # type: ignore[misc]  # linear_op
         return inverse, operator, logdet.to(self.dtype)
 
     @override
-    def _root_decomposition(self) -> Tensor:
-        return lanczos_root(self)
+    def _root_decomposition(self) -> Tensor | LinearOperator:
+        if self._root_decomposition_size() >= self.size(-1):
+            return lanczos_root(self)
+        # The diagonal has a part in every direction, and few columns leave nearly all of it out.
+        return shifted_root(lanczos_root(self.kernel), self._diag_tensor._diagonal())
+
+    @override
+    def zero_mean_mvn_samples(self, num_samples: int) -> Tensor:
+        if samples_by_root(self):
+            samples: Tensor = super().zero_mean_mvn_samples(num_samples)
+            return samples
+        return self.kernel.zero_mean_mvn_samples(num_samples) + self._diag_tensor.zero_mean_mvn_samples(num_samples)
 
     @override
     def _root_inv_decomposition(
@@ -266,9 +289,24 @@ class AddedDiagonal(AddedDiagLinearOperator):  # type: ignore[misc]  # linear_op
         return lanczos_inverse_root(self, initial_vectors)
 
     @override
+    def cat_rows(
+        self,
+        cross_mat: Tensor,
+        new_mat: Tensor,
+        generate_roots: bool = True,
+        generate_inv_roots: bool = True,
+        **options: Any,
+    ) -> LinearOperator:
+        if generate_roots and generate_inv_roots and self._choose_root_method() == "lanczos":
+            return with_rows(self, cross_mat, new_mat)
+        rows: LinearOperator = super().cat_rows(cross_mat, new_mat, generate_roots, generate_inv_roots, **options)
+        return rows
+
+    @override
+    @cached(name="cholesky")  # type: ignore[untyped-decorator]
     def _cholesky(self, upper: bool = False) -> Any:
         self._check_diagonal()
-        return super()._cholesky(upper)
+        return cholesky_of(self, upper=upper)
 
     def _check_diagonal(self) -> None:
         """Refuse what no solve could be right for."""

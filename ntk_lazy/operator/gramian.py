@@ -20,6 +20,8 @@ from ntk_lazy.operator.entries import block, entries
 from ntk_lazy.operator.side import Side
 from ntk_lazy.shapes import Block, ParameterBlock, SmallMatrix
 
+_RANDOM_SHARE = 0.125  # of the budget: random vectors of parameters
+
 
 @final
 @dataclass(frozen=True, eq=False)
@@ -95,6 +97,15 @@ class Gramian:
         self._refuse_batch("jacobian_rmatmul")
         self._check_rows(V, self.side1)
         return self.engine.pull(self.side1.x, self.side1.scatter(V)).mT * self._root_scale()
+
+    def random_columns(self, num_columns: int) -> Block:
+        """Return ``J1 W`` with independent standard normal W, without s: samples with covariance ``J1 J1ᵀ``."""
+        engine, size = self.engine, self.engine.num_features * self.dtype.itemsize
+        found = torch.empty(self.side1.num_rows, num_columns, dtype=self.dtype, device=self.device)
+        for columns in slices(num_columns, max(1, int(_RANDOM_SHARE * engine.budget) // max(1, size))):
+            W = torch.randn(columns.stop - columns.start, engine.num_features, dtype=self.dtype, device=self.device)
+            found[:, columns] = self.side1.gather(engine.push(self.side1.x, W))
+        return found
 
     def half_gram(self, V: Block) -> SmallMatrix:
         """Return ``s (J1ᵀV)ᵀ(J1ᵀV)`` in float64 on the CPU."""

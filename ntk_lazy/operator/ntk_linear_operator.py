@@ -10,17 +10,19 @@ import numpy as np
 import torch
 from jaxtyping import Float64
 from linear_operator.operators import DiagLinearOperator, LinearOperator, RootLinearOperator, SumLinearOperator
+from linear_operator.utils.memoize import cached
 from torch import Tensor
 from typing_extensions import override
 
 from ntk_lazy.errors import BudgetError, ShapeError
 from ntk_lazy.model import FunctionalModel, as_ieee
 from ntk_lazy.operator.added_diagonal import AddedDiagonal
+from ntk_lazy.operator.cholesky import cholesky_of
 from ntk_lazy.operator.indices import backward_slices, plain_indices
 from ntk_lazy.operator.job import job_of
 from ntk_lazy.operator.readout import read_entries, write_down
 from ntk_lazy.operator.representation import KernelRepresentation
-from ntk_lazy.operator.roots import keep_pairs, lanczos_inverse_root, lanczos_root
+from ntk_lazy.operator.roots import keep_pairs, lanczos_inverse_root, lanczos_root, samples_by_root
 from ntk_lazy.operator.side import Side
 from ntk_lazy.plan import Plan
 from ntk_lazy.probes import Probes
@@ -316,6 +318,25 @@ class NTKLinearOperator(KernelRepresentation):
         """
         with self.linearised(rank):
             return super().pivoted_cholesky(rank, error_tol, return_pivots)
+
+    @override
+    @cached(name="cholesky")  # type: ignore[untyped-decorator]
+    def _cholesky(self, upper: bool = False) -> LinearOperator:
+        return cholesky_of(self, upper=upper)
+
+    @override
+    def zero_mean_mvn_samples(self, num_samples: int) -> Tensor:
+        """Draw from N(0, K), shape ``(num_samples, *batch, n)``: as ``J w`` with random w where K is not factorised.
+
+        Cost: half a product with ``num_samples`` columns.
+        """
+        scale = self._gramian.scale
+        is_trained = torch.is_grad_enabled() and any(t.requires_grad for t in self.representation() if t is not scale)
+        if not self.is_gram_matrix or is_trained or samples_by_root(self):
+            samples: Tensor = super().zero_mean_mvn_samples(num_samples)
+            return samples
+        drawn = self._gramian.random_columns(num_samples).mT
+        return drawn if scale is None else drawn * scale.sqrt()
 
     @override
     def _root_decomposition(self) -> Tensor:
