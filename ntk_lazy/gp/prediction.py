@@ -11,8 +11,8 @@ from linear_operator.operators import AddedDiagLinearOperator, LinearOperator, R
 from torch import Tensor
 from typing_extensions import override
 
-from ntk_lazy.errors import ShapeError
 from ntk_lazy.gp.predictive_covariance import PredictiveCovariance
+from ntk_lazy.gp.targets import several_outputs
 from ntk_lazy.operator import NTKLinearOperator
 from ntk_lazy.operator.added_diagonal import AddedDiagonal
 from ntk_lazy.operator.weight_space import WeightSpace
@@ -39,11 +39,7 @@ class NTKPredictionStrategy(DefaultPredictionStrategy):  # type: ignore[misc]  #
         covariance = train_prior_dist.lazy_covariance_matrix.evaluate_kernel()
         num_targets = train_prior_dist.event_shape.numel()
         if covariance.shape[-1] != num_targets:
-            raise ShapeError(
-                f"the covariance of {num_targets} targets has {covariance.shape[-1]} rows: a network with several "
-                "outputs takes as many tasks (MultitaskMultivariateNormal, MultitaskGaussianLikelihood), "
-                "or one output, NTKKernel(..., outputs=0)."
-            )
+            raise several_outputs(num_targets, covariance.shape[-1])
         evaluated = train_prior_dist.__class__(train_prior_dist.mean, covariance)
         super().__init__(train_inputs, evaluated, train_labels, likelihood, **roots)
         self._weights: tuple[Tensor, Tensor] | None = None

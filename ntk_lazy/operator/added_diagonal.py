@@ -28,6 +28,7 @@ from ntk_lazy.linalg.tiles import row_tiles
 from ntk_lazy.operator.appended_rows import with_rows
 from ntk_lazy.operator.cholesky import cholesky_of, power_of_two
 from ntk_lazy.operator.log_likelihood import log_likelihood_terms
+from ntk_lazy.operator.loose_solves import hint_at_loose_solves
 from ntk_lazy.operator.preconditioner_rank import preconditioner_rank
 from ntk_lazy.operator.roots import (
     known_norm,
@@ -93,6 +94,7 @@ class AddedDiagonal(AddedDiagLinearOperator):  # type: ignore[misc]  # linear_op
         if by_weights is not None:
             X = by_weights[1].X
             return X if rhs.ndim > 1 else X.squeeze(-1)
+        hint_at_loose_solves()
         inverse = preconditioner
         if inverse is None and not num_tridiag:
             with torch.no_grad():

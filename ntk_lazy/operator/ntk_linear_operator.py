@@ -9,7 +9,13 @@ from typing import Any, cast, final
 import numpy as np
 import torch
 from jaxtyping import Float64
-from linear_operator.operators import DiagLinearOperator, LinearOperator, RootLinearOperator, SumLinearOperator
+from linear_operator.operators import (
+    DiagLinearOperator,
+    LinearOperator,
+    RootLinearOperator,
+    SumLinearOperator,
+    to_linear_operator,
+)
 from linear_operator.utils.memoize import cached
 from torch import Tensor
 from typing_extensions import override
@@ -246,6 +252,13 @@ class NTKLinearOperator(KernelRepresentation):
             if other.numel() > 1 and batch != self.batch_shape:
                 return self._expand_batch(batch)._mul_constant(other[..., 0, 0].expand(batch))
         return super().mul(other)
+
+    @override
+    def _mul_matrix(self, other: LinearOperator) -> LinearOperator:
+        if prod(self.shape) * self.dtype.itemsize > self._settings.max_dense_bytes:
+            return super()._mul_matrix(other)
+        # linear_operator multiplies roots, and a singular K has one after something was added to its diagonal.
+        return to_linear_operator(self.to_dense() * other.to_dense())
 
     @override
     def add_diagonal(self, diag: Tensor) -> LinearOperator:

@@ -1,0 +1,27 @@
+"""A hint for solves that stop long before they are right, because nobody asked for more."""
+
+from __future__ import annotations
+
+import warnings
+
+from linear_operator import settings
+
+_LOOSE = 0.01  # of predictions, by default; of training it is 1, at which ten steps are taken whatever came out
+
+
+class LooseSolveWarning(UserWarning):
+    """A Gaussian process beyond ``max_cholesky_size`` rows solves at tolerances that were meant for other kernels."""
+
+
+def hint_at_loose_solves() -> None:
+    """Warn where GPyTorch's own tolerances are in force; not within ``big_data``, nor where a smaller one was set."""
+    # A setting of 0 says that whoever set it knows of products.
+    if settings.max_cholesky_size.value() > 0 and settings.cg_tolerance.value() >= _LOOSE:
+        warnings.warn(
+            "beyond max_cholesky_size rows (800, unless set otherwise) GPyTorch solves by conjugate gradients, and its "
+            "default tolerances are 1 in training and 0.01 in predictions: variances were 0.9 to 2.2 times the right "
+            "ones. Train and predict within `with ntk_lazy.gp.big_data():`, or set cg_tolerance and eval_cg_tolerance "
+            "yourself.",
+            LooseSolveWarning,
+            stacklevel=2,
+        )
