@@ -270,9 +270,15 @@ class NTKKernel(Kernel):  # type: ignore[misc]  # gpytorch has no types
 
     @override
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        before = self._kinds()
         super()._apply(fn, recurse)
-        self._checked.clear()
+        # BoTorch moves its models to where they are, at each step.
+        if self._kinds() != before:
+            self._checked.clear()
         return self
+
+    def _kinds(self) -> list[tuple[torch.dtype, torch.device]]:
+        return [(t.dtype, t.device) for t in self.model.parameters()]
 
     @override
     def __getstate__(self) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing_extensions import override
 from ntk_lazy.gp.predictive_covariance import PredictiveCovariance
 from ntk_lazy.gp.targets import several_outputs
 from ntk_lazy.operator import NTKLinearOperator
+from ntk_lazy.operator.added_blocks import AddedBlocks
 from ntk_lazy.operator.added_diagonal import AddedDiagonal
 from ntk_lazy.operator.weight_space import WeightSpace
 
@@ -44,6 +45,24 @@ class NTKPredictionStrategy(DefaultPredictionStrategy):  # type: ignore[misc]  #
         super().__init__(train_inputs, evaluated, train_labels, likelihood, **roots)
         self._weights: tuple[Tensor, Tensor] | None = None
         self._root_weights: tuple[Tensor, Tensor] | None = None
+
+    @override
+    def exact_prediction(self, test_mean: Tensor, test_test_covar: Any, test_train_covar: Any) -> tuple[Tensor, Any]:
+        found: tuple[Tensor, Any] = super().exact_prediction(
+            test_mean, test_test_covar, self._with_own_points(test_train_covar)
+        )
+        return found
+
+    def _with_own_points(self, covariance: Any) -> Any:
+        """The same with the training points themselves: GPyTorch repeats them for each batch, beside the test points.
+
+        So it is known that all kernels of a batch have them in common, and that nobody wants a gradient in them.
+        """
+        kernel, train = covariance.evaluate_kernel(), self._train_kernel()
+        if not isinstance(kernel, NTKLinearOperator) or not kernel.batch_shape or train is None:
+            return covariance
+        points = train.gramian.side1
+        return covariance if points.selected is not None else kernel.with_common_columns(points.x)
 
     @override
     def exact_predictive_mean(self, test_mean: Tensor, test_train_covar: Any) -> Tensor:
@@ -96,6 +115,7 @@ class NTKPredictionStrategy(DefaultPredictionStrategy):  # type: ignore[misc]  #
     def _train_kernel(self) -> NTKLinearOperator | None:
         covariance = self.lik_train_train_covar
         kernel = covariance._linear_op if isinstance(covariance, AddedDiagLinearOperator) else None
+        kernel = covariance.kernel if isinstance(covariance, AddedBlocks) else kernel
         return kernel if isinstance(kernel, NTKLinearOperator) and not kernel.batch_shape else None
 
 

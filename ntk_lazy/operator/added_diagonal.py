@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeAlias, final
@@ -17,7 +16,6 @@ from linear_operator.operators import (
     RootLinearOperator,
 )
 from linear_operator.utils.memoize import cached
-from linear_operator.utils.warnings import NumericalWarning
 from torch import Tensor
 from typing_extensions import override
 
@@ -28,7 +26,7 @@ from ntk_lazy.linalg.tiles import row_tiles
 from ntk_lazy.operator.appended_rows import with_rows
 from ntk_lazy.operator.cholesky import cholesky_of, power_of_two
 from ntk_lazy.operator.log_likelihood import log_likelihood_terms
-from ntk_lazy.operator.loose_solves import hint_at_loose_solves
+from ntk_lazy.operator.loose_solves import hint_at_loose_solves, warn_of_residual
 from ntk_lazy.operator.preconditioner_rank import preconditioner_rank
 from ntk_lazy.operator.roots import (
     known_norm,
@@ -116,7 +114,9 @@ class AddedDiagonal(AddedDiagLinearOperator):  # type: ignore[misc]  # linear_op
                 tridiagonal_steps=steps,
             )
         if solution.residuals.numel():
-            _warn(float(solution.residuals.max()), tolerance, max_steps, rounding=float(solution.rounding.max()))
+            warn_of_residual(
+                float(solution.residuals.max()), tolerance, max_steps, rounding=float(solution.rounding.max())
+            )
         X = solution.X * units if rhs.ndim > 1 else (solution.X * units).squeeze(-1)
         return (X, solution.tridiagonal) if num_tridiag else X
 
@@ -184,7 +184,7 @@ class AddedDiagonal(AddedDiagLinearOperator):  # type: ignore[misc]  # linear_op
             with torch.no_grad(), self.linearised(3 * B.shape[1]):
                 solution = weights.solve(self._matmul, B, rtol=tolerance, max_steps=max_steps)
             if not (weights.was_kept and weights.is_doubtful(solution)):
-                _warn(solution.worst, tolerance, max_steps)
+                warn_of_residual(solution.worst, tolerance, max_steps)
                 return weights, solution
             # Somebody wrote to the parameters where their versions do not show it.
             self.kernel.settings.gram.forget()
@@ -324,19 +324,3 @@ class AddedDiagonal(AddedDiagLinearOperator):  # type: ignore[misc]  # linear_op
                 f"the diagonal that is added to K goes down to {least:g}: {reason}. Add a positive noise: a thousandth "
                 "of the mean of K's diagonal is a start."
             )
-
-
-def _warn(worst: float, tolerance: float, max_steps: int, *, rounding: float = 0.0) -> None:
-    if worst <= tolerance:
-        return
-    cure = (
-        "That is what rounding leaves of it: use a float64 model"
-        if worst <= 3 * rounding
-        else "Raise max_cg_iterations or max_preconditioner_size, use a float64 model"
-    )
-    warnings.warn(
-        f"conjugate gradients ended with a relative residual of {worst:.1e}, where {tolerance:.1e} was asked for, "
-        f"after at most {max_steps} steps. {cure}, or ask for less (cg_tolerance, eval_cg_tolerance).",
-        NumericalWarning,
-        stacklevel=3,
-    )

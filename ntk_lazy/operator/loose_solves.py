@@ -1,10 +1,11 @@
-"""A hint for solves that stop long before they are right, because nobody asked for more."""
+"""What is said of solves that stop before they are right: because nobody asked for more, or could not."""
 
 from __future__ import annotations
 
 import warnings
 
 from linear_operator import settings
+from linear_operator.utils.warnings import NumericalWarning
 
 _LOOSE = 0.01  # of predictions, by default; of training it is 1, at which ten steps are taken whatever came out
 
@@ -25,3 +26,20 @@ def hint_at_loose_solves() -> None:
             LooseSolveWarning,
             stacklevel=2,
         )
+
+
+def warn_of_residual(worst: float, tolerance: float, max_steps: int, *, rounding: float = 0.0) -> None:
+    """Warn of the largest relative residual, if it is above the tolerance."""
+    if worst <= tolerance:
+        return
+    cure = (
+        "That is what rounding leaves of it: use a float64 model"
+        if worst <= 3 * rounding
+        else "Raise max_cg_iterations or max_preconditioner_size, use a float64 model"
+    )
+    warnings.warn(
+        f"conjugate gradients ended with a relative residual of {worst:.1e}, where {tolerance:.1e} was asked for, "
+        f"after at most {max_steps} steps. {cure}, or ask for less (cg_tolerance, eval_cg_tolerance).",
+        NumericalWarning,
+        stacklevel=3,
+    )

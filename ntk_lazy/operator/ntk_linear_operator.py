@@ -9,26 +9,19 @@ from typing import Any, cast, final
 import numpy as np
 import torch
 from jaxtyping import Float64
-from linear_operator.operators import (
-    DiagLinearOperator,
-    LinearOperator,
-    RootLinearOperator,
-    SumLinearOperator,
-    to_linear_operator,
-)
-from linear_operator.utils.memoize import cached
+from linear_operator.operators import DiagLinearOperator, LinearOperator, RootLinearOperator, SumLinearOperator
 from torch import Tensor
 from typing_extensions import override
 
 from ntk_lazy.errors import BudgetError, ShapeError
 from ntk_lazy.model import FunctionalModel, as_ieee
+from ntk_lazy.operator.added_blocks import AddedBlocks
 from ntk_lazy.operator.added_diagonal import AddedDiagonal
-from ntk_lazy.operator.cholesky import cholesky_of
+from ntk_lazy.operator.covariance import KernelCovariance
 from ntk_lazy.operator.indices import backward_slices, plain_indices
 from ntk_lazy.operator.job import job_of
 from ntk_lazy.operator.readout import read_entries, write_down
-from ntk_lazy.operator.representation import KernelRepresentation
-from ntk_lazy.operator.roots import keep_pairs, lanczos_inverse_root, lanczos_root, samples_by_root
+from ntk_lazy.operator.roots import keep_pairs
 from ntk_lazy.operator.side import Side
 from ntk_lazy.plan import Plan
 from ntk_lazy.probes import Probes
@@ -38,7 +31,7 @@ from ntk_lazy.solves import Solve
 
 
 @final
-class NTKLinearOperator(KernelRepresentation):
+class NTKLinearOperator(KernelCovariance):
     """The empirical neural tangent kernel, lazily; made by ``ntk_lazy.ntk``.
 
     ``K = s J1 J2ᵀ`` with J the Jacobian of the model's outputs in its chosen parameters. Row ``i*C + c`` belongs
@@ -254,13 +247,6 @@ class NTKLinearOperator(KernelRepresentation):
         return super().mul(other)
 
     @override
-    def _mul_matrix(self, other: LinearOperator) -> LinearOperator:
-        if prod(self.shape) * self.dtype.itemsize > self._settings.max_dense_bytes:
-            return super()._mul_matrix(other)
-        # linear_operator multiplies roots, and a singular K has one after something was added to its diagonal.
-        return to_linear_operator(self.to_dense() * other.to_dense())
-
-    @override
     def add_diagonal(self, diag: Tensor) -> LinearOperator:
         # In whatever shape linear_operator takes it: one number, or one for each row.
         return AddedDiagonal(self, super().add_diagonal(diag)._diag_tensor)
@@ -269,6 +255,9 @@ class NTKLinearOperator(KernelRepresentation):
     def __add__(self, other: Any) -> LinearOperator | Tensor:
         if isinstance(other, DiagLinearOperator):
             return AddedDiagonal(self, other)
+        blocks = AddedBlocks.of(self, other)
+        if blocks is not None:
+            return blocks
         if isinstance(other, RootLinearOperator):
             # linear_operator 0.6 takes a root of K first, as if all that follows were solves.
             return SumLinearOperator(self, other)
@@ -331,35 +320,6 @@ class NTKLinearOperator(KernelRepresentation):
         """
         with self.linearised(rank):
             return super().pivoted_cholesky(rank, error_tol, return_pivots)
-
-    @override
-    @cached(name="cholesky")  # type: ignore[untyped-decorator]
-    def _cholesky(self, upper: bool = False) -> LinearOperator:
-        return cholesky_of(self, upper=upper)
-
-    @override
-    def zero_mean_mvn_samples(self, num_samples: int) -> Tensor:
-        """Draw from N(0, K), shape ``(num_samples, *batch, n)``: as ``J w`` with random w where K is not factorised.
-
-        Cost: half a product with ``num_samples`` columns.
-        """
-        scale = self._gramian.scale
-        is_trained = torch.is_grad_enabled() and any(t.requires_grad for t in self.representation() if t is not scale)
-        if not self.is_gram_matrix or is_trained or samples_by_root(self):
-            samples: Tensor = super().zero_mean_mvn_samples(num_samples)
-            return samples
-        drawn = self._gramian.random_columns(num_samples).mT
-        return drawn if scale is None else drawn * scale.sqrt()
-
-    @override
-    def _root_decomposition(self) -> Tensor:
-        return lanczos_root(self)
-
-    @override
-    def _root_inv_decomposition(
-        self, initial_vectors: Tensor | None = None, test_vectors: Tensor | None = None
-    ) -> Tensor:
-        return lanczos_inverse_root(self, initial_vectors)
 
     def precondition_with(self, values: Tensor, vectors: Tensor) -> None:
         """Precondition later solves with ``K + D`` by eigenpairs of K, in the place of a randomised approximation.
