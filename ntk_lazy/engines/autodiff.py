@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from ntk_lazy.engines.cost import passes_of_product, tiles_of_rows
 from ntk_lazy.engines.flat import FlatLayout
 from ntk_lazy.engines.footprint import Footprint
 from ntk_lazy.engines.kept import KeptLinearisations
-from ntk_lazy.engines.linearisation import DoubleReverse, Linearisation, example_gradients, linearisation
+from ntk_lazy.engines.linearisation import DoubleReverse, Linearisation, Tangents, example_gradients, linearisation
 from ntk_lazy.gemm import times_transposed_in_float64
 from ntk_lazy.model import FunctionalModel
 from ntk_lazy.outputs import OutputLayout
@@ -28,6 +28,7 @@ from ntk_lazy.shapes import Block, SmallMatrix
 # Linearisations are kept only where half of the budget is still ample for a block of so many columns: to split it
 # would cost more than the forward passes that keeping saves.
 _WIDE = 16
+_LEAST_TOGETHER = 4  # examples that are differentiated at once, after a trial on one of them
 
 
 @final
@@ -198,10 +199,37 @@ class AutodiffEngine(Engine):
                 one = self._rows_of(example)
                 return self._views(weights[one.start - start : one.stop - start])
 
+            factors = (lambda _: units, fixed)
             with ieee_precision(), differentiable_attention():
-                ones = (slice(i, i + 1) for i in range(chunk.start, chunk.stop))
-                self._sweep(X1, x1, ones, (lambda _: units, fixed), wrt, gradient)
+                ones = [slice(i, i + 1) for i in range(chunk.start, chunk.stop)]
+                if self._vectorises_gradients(x1, ones, factors, wrt):
+                    self._sweep(X1, x1, [chunk], factors, wrt, gradient, pull=self._pull_examples)
+                else:
+                    self._sweep(X1, x1, ones, factors, wrt, gradient)
         return gradient
+
+    def _pull_examples(self, model: FunctionalModel, x: Tensor, units: Tensor) -> Tangents:
+        """The rows of J of all examples at once, in their order."""
+        return {name: g.flatten(0, 1) for name, g in example_gradients(model, x, units.squeeze(1)).items()}
+
+    def _vectorises_gradients(
+        self, x: Tensor, ones: list[slice], factors: tuple[Callable[[slice], Tensor], Any], wrt: set[str]
+    ) -> bool:
+        """Whether rows of J of many examples can be differentiated at once: tried on one of them, see ``_sweep``."""
+        if not wrt or len(ones) <= _LEAST_TOGETHER or not self.preflight.derivatives.vectorises:
+            return False
+        alone: dict[str, Tensor] = {}
+        together: dict[str, Tensor] = {}
+        first = ones[len(ones) // 2 :][:1]
+        self._sweep(X1, x, first, factors, wrt, alone)
+        try:
+            self._sweep(X1, x, first, factors, wrt, together, pull=self._pull_examples)
+        except (RuntimeError, NotImplementedError):
+            return False  # no rule for a derivative of a vectorised derivative
+        tolerance = torch.finfo(self.model.dtype).eps ** 0.5
+        return alone.keys() == together.keys() and all(
+            bool((together[name] - g).norm() <= tolerance * g.norm()) for name, g in alone.items()
+        )
 
     def _sweep(
         self,
@@ -211,6 +239,10 @@ class AutodiffEngine(Engine):
         factors: tuple[Callable[[slice], Tensor], Callable[[slice], dict[str, Tensor]]],
         wrt: set[str],
         gradient: dict[str, Tensor],
+        *,
+        pull: Callable[[FunctionalModel, Tensor, Tensor], Tangents] = lambda model, x, V: DoubleReverse(model, x).pull(
+            V
+        ),
     ) -> None:
         """Add to ``gradient`` that of a sum over pieces of ``⟨Jᵀ cotangents, fixed⟩``, both of them given by piece."""
         cotangents, fixed = factors
@@ -233,7 +265,7 @@ class AutodiffEngine(Engine):
             with torch.enable_grad():
                 # Plain autograd: torch 2.13 differentiates forward mode, and vectorised reverse mode, wrongly through
                 # layer norm (it takes the saved mean and scale for constants), and says nothing.
-                pulled = DoubleReverse(model, piece).pull(cotangents(examples))
+                pulled = pull(model, piece, cotangents(examples))
                 views = fixed(examples)
                 q = torch.stack([(g * views[name]).sum().to(self.model.dtype) for name, g in pulled.items()]).sum()
             if not q.requires_grad:

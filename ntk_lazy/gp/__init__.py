@@ -3,5 +3,6 @@
 from ntk_lazy.gp.big_data import big_data
 from ntk_lazy.gp.linearised_mean import LinearisedMean
 from ntk_lazy.gp.ntk_kernel import NTKKernel
+from ntk_lazy.operator.loose_solves import LooseSolveWarning
 
-__all__ = ["LinearisedMean", "NTKKernel", "big_data"]
+__all__ = ["LinearisedMean", "LooseSolveWarning", "NTKKernel", "big_data"]

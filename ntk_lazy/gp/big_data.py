@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
+import torch
 from gpytorch import settings
 
 from ntk_lazy.counts import check_count
@@ -12,6 +13,7 @@ from ntk_lazy.errors import ArgumentError
 from ntk_lazy.operator.preconditioner_rank import chosen_rank
 
 _OTHERS_RANK = 100  # of kernels that do not choose
+_TINY = {dtype: torch.finfo(dtype).tiny for dtype in (torch.float32, torch.float64)}
 
 
 @contextmanager
@@ -35,7 +37,8 @@ def big_data(
         rank: Of the preconditioner; 0 for none. None chooses, for tangent kernels: as many columns as pay in ten solves
             while training, or in one, and fit half of the kernel's memory budget. Other kernels
             then take 100.
-        variance_rank: Of the root that predictive variances are made from (``fast_pred_var``); 0 to solve for each.
+        variance_rank: Of the root that predictive variances are made from (``fast_pred_var``); 0 to solve for each, and
+            100 for other roots of few columns, such as those of fantasies.
         probes: Random vectors that the log determinant is estimated with.
         max_steps: Of conjugate gradients, most.
 
@@ -64,8 +67,10 @@ def big_data(
             settings.max_preconditioner_size(fixed_rank),
             settings.min_preconditioning_size(1),
             settings.num_trace_samples(probes),
-            settings.max_root_decomposition_size(max(variance_rank, 1)),
+            settings.max_root_decomposition_size(variance_rank or _OTHERS_RANK),
             settings.fast_pred_var(variance_rank > 0),
+            # GPyTorch rounds variances up to 1e-10 and 1e-6, in whatever units: what is left is not to be negative.
+            settings.min_variance(float_value=_TINY[torch.float32], double_value=_TINY[torch.float64]),
         ):
             stack.enter_context(setting)
         yield

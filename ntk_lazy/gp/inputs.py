@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ntk_lazy.errors import ArgumentError, ShapeError
 from ntk_lazy.gp.dataset import IndexedExamples
+from ntk_lazy.model import FunctionalModel
 from ntk_lazy.probes import Probes
 
 
@@ -70,6 +71,23 @@ class InputFormat:
             x = x.reshape(*x.shape[:-1], *self.shape)
         Probes(x.detach(), self.input_dims).check_finite()
         return x
+
+    def outputs_of_some_columns(self, x: Tensor, network: FunctionalModel) -> int | None:
+        """Count the outputs of a network that takes some of the columns, nobody knows which; None if it takes none."""
+        for width in range(x.shape[-1] - 1, 0, -1):
+            try:
+                points = self.points(x.detach()[(0,) * (x.ndim - 2)][:1, :width])
+                with torch.no_grad():
+                    return int(network(network.params, points).shape[-1])
+            except (RuntimeError, ValueError, IndexError):  # of the network, or a ShapeError
+                continue
+        return None
+
+
+def active_columns(x: Tensor, dims: Tensor | None) -> Tensor:
+    """The active columns, where whoever asks has not chosen them: kernels around another go past its ``__call__``."""
+    is_whole = dims is not None and x.shape[-1] != len(dims) and int(dims.max()) < x.shape[-1]
+    return x.index_select(-1, dims) if dims is not None and is_whole else x
 
 
 def _numbers(x: Tensor, size: int) -> Tensor:

@@ -18,8 +18,9 @@ from typing_extensions import override
 from ntk_lazy.engines.chunks import parse_budget
 from ntk_lazy.errors import ArgumentError, NTKLazyError, ShapeError, UnsupportedModuleError
 from ntk_lazy.gp.dataset import Examples, IndexedExamples
-from ntk_lazy.gp.inputs import InputFormat
+from ntk_lazy.gp.inputs import InputFormat, active_columns
 from ntk_lazy.gp.prediction import NTKPredictionStrategy
+from ntk_lazy.gp.targets import refuse_one_target
 from ntk_lazy.kernel import ntk
 from ntk_lazy.model import FunctionalModel, OutputFunction, ParameterChoice, check_output_fn
 from ntk_lazy.operator import NTKLinearOperator, Side
@@ -149,7 +150,8 @@ class NTKKernel(Kernel):  # type: ignore[misc]  # gpytorch has no types
             raise ArgumentError(
                 "last_dim_is_batch gives a network one column at a time. Add kernels with active_dims instead."
             )
-        K = self._at(x1, x2)
+        rows = active_columns(x1, self.active_dims)
+        K = self._at(rows, rows if x1 is x2 else active_columns(x2, self.active_dims))
         batch = torch.broadcast_shapes(self._batch_shape, K.batch_shape)
         if diag:
             diagonal: Tensor = K.diagonal()
@@ -185,10 +187,23 @@ class NTKKernel(Kernel):  # type: ignore[misc]  # gpytorch has no types
     def num_outputs_per_input(self, x1: Tensor, x2: Tensor) -> int:
         if self._outputs != "full":
             return 1
-        if self.num_outputs is not None:
-            return self.num_outputs
-        network = self._network()
-        return self._check(self._points(x1[..., :_CHECKED_EXAMPLES, :], network), network).num_outputs
+        found = self.num_outputs or self._found_outputs(x1)
+        if found > 1:
+            refuse_one_target(x1.shape[-2], found)
+        return found
+
+    def _found_outputs(self, x: Tensor) -> int:
+        """C, for inputs of which kernels around this one may take some columns only."""
+        few, network = active_columns(x, self.active_dims)[..., :_CHECKED_EXAMPLES, :], self._network()
+        try:
+            return self._check(self._points(few, network), network).num_outputs
+        except ShapeError:
+            # Sums and products of kernels, and BoTorch's of tasks, ask before they choose columns.
+            found = next((checked.num_outputs for checked in self._checked.values()), None)
+            found = found or self._inputs.outputs_of_some_columns(few, network)
+            if found is None:
+                raise
+            return found
 
     @override
     def prediction_strategy(
@@ -255,9 +270,15 @@ class NTKKernel(Kernel):  # type: ignore[misc]  # gpytorch has no types
 
     @override
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        before = self._kinds()
         super()._apply(fn, recurse)
-        self._checked.clear()
+        # BoTorch moves its models to where they are, at each step.
+        if self._kinds() != before:
+            self._checked.clear()
         return self
+
+    def _kinds(self) -> list[tuple[torch.dtype, torch.device]]:
+        return [(t.dtype, t.device) for t in self.model.parameters()]
 
     @override
     def __getstate__(self) -> dict[str, Any]:

@@ -11,8 +11,10 @@ from linear_operator.operators import AddedDiagLinearOperator, LinearOperator, R
 from torch import Tensor
 from typing_extensions import override
 
-from ntk_lazy.errors import ShapeError
+from ntk_lazy.gp.predictive_covariance import PredictiveCovariance
+from ntk_lazy.gp.targets import several_outputs
 from ntk_lazy.operator import NTKLinearOperator
+from ntk_lazy.operator.added_blocks import AddedBlocks
 from ntk_lazy.operator.added_diagonal import AddedDiagonal
 from ntk_lazy.operator.weight_space import WeightSpace
 
@@ -38,15 +40,29 @@ class NTKPredictionStrategy(DefaultPredictionStrategy):  # type: ignore[misc]  #
         covariance = train_prior_dist.lazy_covariance_matrix.evaluate_kernel()
         num_targets = train_prior_dist.event_shape.numel()
         if covariance.shape[-1] != num_targets:
-            raise ShapeError(
-                f"the covariance of {num_targets} targets has {covariance.shape[-1]} rows: a network with several "
-                "outputs takes as many tasks (MultitaskMultivariateNormal, MultitaskGaussianLikelihood), "
-                "or one output, NTKKernel(..., outputs=0)."
-            )
+            raise several_outputs(num_targets, covariance.shape[-1])
         evaluated = train_prior_dist.__class__(train_prior_dist.mean, covariance)
         super().__init__(train_inputs, evaluated, train_labels, likelihood, **roots)
         self._weights: tuple[Tensor, Tensor] | None = None
         self._root_weights: tuple[Tensor, Tensor] | None = None
+
+    @override
+    def exact_prediction(self, test_mean: Tensor, test_test_covar: Any, test_train_covar: Any) -> tuple[Tensor, Any]:
+        found: tuple[Tensor, Any] = super().exact_prediction(
+            test_mean, test_test_covar, self._with_own_points(test_train_covar)
+        )
+        return found
+
+    def _with_own_points(self, covariance: Any) -> Any:
+        """The same with the training points themselves: GPyTorch repeats them for each batch, beside the test points.
+
+        So it is known that all kernels of a batch have them in common, and that nobody wants a gradient in them.
+        """
+        kernel, train = covariance.evaluate_kernel(), self._train_kernel()
+        if not isinstance(kernel, NTKLinearOperator) or not kernel.batch_shape or train is None:
+            return covariance
+        points = train.gramian.side1
+        return covariance if points.selected is not None else kernel.with_common_columns(points.x)
 
     @override
     def exact_predictive_mean(self, test_mean: Tensor, test_train_covar: Any) -> Tensor:
@@ -66,9 +82,11 @@ class NTKPredictionStrategy(DefaultPredictionStrategy):  # type: ignore[misc]  #
         tests, weights = _evaluated(test_train_covar), None
         if tests is not None and not settings.skip_posterior_variances.on():
             weights = self._weight_space(tests)
-        if tests is None or weights is None:
-            return super().exact_predictive_covar(test_test_covar, test_train_covar)
-        return RootLinearOperator(weights.posterior_root(tests.gramian))
+        if tests is not None and weights is not None:
+            return PredictiveCovariance.of(RootLinearOperator(weights.posterior_root(tests.gramian)))
+        own = _evaluated(test_test_covar)
+        tests_alone = test_test_covar if own is None else own
+        return PredictiveCovariance.of(super().exact_predictive_covar(tests_alone, test_train_covar))
 
     def _weight_space(self, tests: NTKLinearOperator) -> WeightSpace | None:
         """The training points in the space of weights, if solves go by that and the root of the tests fits."""
@@ -97,6 +115,7 @@ class NTKPredictionStrategy(DefaultPredictionStrategy):  # type: ignore[misc]  #
     def _train_kernel(self) -> NTKLinearOperator | None:
         covariance = self.lik_train_train_covar
         kernel = covariance._linear_op if isinstance(covariance, AddedDiagLinearOperator) else None
+        kernel = covariance.kernel if isinstance(covariance, AddedBlocks) else kernel
         return kernel if isinstance(kernel, NTKLinearOperator) and not kernel.batch_shape else None
 
 

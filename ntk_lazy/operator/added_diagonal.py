@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeAlias, final
@@ -16,19 +15,30 @@ from linear_operator.operators import (
     PsdSumLinearOperator,
     RootLinearOperator,
 )
-from linear_operator.utils.warnings import NumericalWarning
+from linear_operator.utils.memoize import cached
 from torch import Tensor
 from typing_extensions import override
 
 from ntk_lazy.errors import ArgumentError
 from ntk_lazy.gemm import times_transposed
-from ntk_lazy.linalg.conjugate_gradients import FROM_ROUNDING, Preconditioner, conjugate_gradients
+from ntk_lazy.linalg.conjugate_gradients import Preconditioner, conjugate_gradients
 from ntk_lazy.linalg.tiles import row_tiles
+from ntk_lazy.operator.appended_rows import with_rows
+from ntk_lazy.operator.cholesky import cholesky_of, power_of_two
 from ntk_lazy.operator.differentiation import differentiable_once, once, solve_for
 from ntk_lazy.operator.log_likelihood import log_likelihood_terms
+from ntk_lazy.operator.loose_solves import hint_at_loose_solves, warn_of_residual
 from ntk_lazy.operator.ordinary import in_ordinary_mode
 from ntk_lazy.operator.preconditioner_rank import preconditioner_rank
-from ntk_lazy.operator.roots import known_norm, lanczos_inverse_root, lanczos_root, randomised_root, root_of_kept_pairs
+from ntk_lazy.operator.roots import (
+    known_norm,
+    lanczos_inverse_root,
+    lanczos_root,
+    randomised_root,
+    root_of_kept_pairs,
+    samples_by_root,
+)
+from ntk_lazy.operator.shifted_root import shifted_root
 from ntk_lazy.operator.weight_space import WeightSolution, WeightSpace
 from ntk_lazy.precision import ieee_precision
 from ntk_lazy.solves import MOST_RTOL, TYPICAL_STEPS
@@ -116,16 +126,19 @@ class AddedDiagonal(AddedDiagLinearOperator):  # type: ignore[misc]  # linear_op
         if by_weights is not None:
             X = by_weights[1].X
             return X if rhs.ndim > 1 else X.squeeze(-1)
+        hint_at_loose_solves()
         inverse = preconditioner
         if inverse is None and not num_tridiag:
             with torch.no_grad():
                 inverse = self.detach()._preconditioner_for(columns.shape[-1], 1)[0]
         batch = torch.broadcast_shapes(columns.shape[:-2], self.batch_shape)
         columns = columns.expand(*batch, *columns.shape[-2:])
+        # Products of float32 numbers leave its range where targets and K are large, or small, together.
+        units = power_of_two(columns.detach().abs().amax(-2, keepdim=True))
         with self.linearised(columns.shape[-1] * TYPICAL_STEPS):
             solution = conjugate_gradients(
                 self._matmul,
-                columns.detach(),
+                columns.detach() / units,
                 rtol=tolerance,
                 max_steps=max_steps,
                 # With Lanczos matrices there are steps enough, unless the tolerance asks for hardly any.
@@ -135,8 +148,10 @@ class AddedDiagonal(AddedDiagLinearOperator):  # type: ignore[misc]  # linear_op
                 tridiagonal_steps=steps,
             )
         if solution.residuals.numel():
-            _warn(float(solution.residuals.max()), tolerance, max_steps, rounding=float(solution.rounding.max()))
-        X = solution.X if rhs.ndim > 1 else solution.X.squeeze(-1)
+            warn_of_residual(
+                float(solution.residuals.max()), tolerance, max_steps, rounding=float(solution.rounding.max())
+            )
+        X = solution.X * units if rhs.ndim > 1 else (solution.X * units).squeeze(-1)
         return (X, solution.tridiagonal) if num_tridiag else X
 
     @override
@@ -205,7 +220,7 @@ class AddedDiagonal(AddedDiagLinearOperator):  # type: ignore[misc]  # linear_op
             with torch.no_grad(), self.linearised(3 * B.shape[1]):
                 solution = weights.solve(self._matmul, B, rtol=tolerance, max_steps=max_steps)
             if not (weights.was_kept and weights.is_doubtful(solution)):
-                _warn(solution.worst, tolerance, max_steps)
+                warn_of_residual(solution.worst, tolerance, max_steps)
                 return weights, solution
             # Somebody wrote to the parameters where their versions do not show it.
             self.kernel.settings.gram.forget()
@@ -292,8 +307,18 @@ class AddedDiagonal(AddedDiagLinearOperator):  # type: ignore[misc]  # linear_op
         return inverse, operator, logdet.to(self.dtype)
 
     @override
-    def _root_decomposition(self) -> Tensor:
-        return lanczos_root(self)
+    def _root_decomposition(self) -> Tensor | LinearOperator:
+        if self._root_decomposition_size() >= self.size(-1):
+            return lanczos_root(self)
+        # The diagonal has a part in every direction, and few columns leave nearly all of it out.
+        return shifted_root(lanczos_root(self.kernel), self._diag_tensor._diagonal())
+
+    @override
+    def zero_mean_mvn_samples(self, num_samples: int) -> Tensor:
+        if samples_by_root(self):
+            samples: Tensor = super().zero_mean_mvn_samples(num_samples)
+            return samples
+        return self.kernel.zero_mean_mvn_samples(num_samples) + self._diag_tensor.zero_mean_mvn_samples(num_samples)
 
     @override
     def _root_inv_decomposition(
@@ -302,9 +327,24 @@ class AddedDiagonal(AddedDiagLinearOperator):  # type: ignore[misc]  # linear_op
         return lanczos_inverse_root(self, initial_vectors)
 
     @override
+    def cat_rows(
+        self,
+        cross_mat: Tensor,
+        new_mat: Tensor,
+        generate_roots: bool = True,
+        generate_inv_roots: bool = True,
+        **options: Any,
+    ) -> LinearOperator:
+        if generate_roots and generate_inv_roots and self._choose_root_method() == "lanczos":
+            return with_rows(self, cross_mat, new_mat)
+        rows: LinearOperator = super().cat_rows(cross_mat, new_mat, generate_roots, generate_inv_roots, **options)
+        return rows
+
+    @override
+    @cached(name="cholesky")  # type: ignore[untyped-decorator]
     def _cholesky(self, upper: bool = False) -> Any:
         self._check_diagonal()
-        return super()._cholesky(upper)
+        return cholesky_of(self, upper=upper)
 
     def _check_diagonal(self) -> None:
         """Refuse what no solve could be right for."""
@@ -320,19 +360,3 @@ class AddedDiagonal(AddedDiagLinearOperator):  # type: ignore[misc]  # linear_op
                 f"the diagonal that is added to K goes down to {least:g}: {reason}. Add a positive noise: a thousandth "
                 "of the mean of K's diagonal is a start."
             )
-
-
-def _warn(worst: float, tolerance: float, max_steps: int, *, rounding: float = 0.0) -> None:
-    if worst <= tolerance:
-        return
-    cure = (
-        "That is what rounding leaves of it: use a float64 model"
-        if worst <= FROM_ROUNDING * rounding
-        else "Raise max_cg_iterations or max_preconditioner_size, use a float64 model"
-    )
-    warnings.warn(
-        f"conjugate gradients ended with a relative residual of {worst:.1e}, where {tolerance:.1e} was asked for, "
-        f"after at most {max_steps} steps. {cure}, or ask for less (cg_tolerance, eval_cg_tolerance).",
-        NumericalWarning,
-        stacklevel=3,
-    )

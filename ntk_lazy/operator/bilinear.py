@@ -80,6 +80,10 @@ class BilinearGradient:
                 else:
                     self._by_name[found] = self._by_name[found] + part if found in self._by_name else part
 
+    def put(self, name: str, gradient: Tensor) -> None:
+        """Take the gradient for a name, in the shape of what it belongs to, from elsewhere."""
+        self._by_name[name] = gradient
+
     def gradient(self, name: str) -> Tensor | None:
         """The gradient for one name, None where there is none."""
         return self._by_name.get(name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
 from itertools import product
 from math import sqrt
@@ -12,9 +12,11 @@ from typing import ParamSpec, TypeVar, final
 import torch
 from torch import Tensor
 
-from ntk_lazy.engines.contract import Engine, OtherBlock
+from ntk_lazy.engines.chunks import slices
+from ntk_lazy.engines.contract import X1, X2, Engine, OtherBlock
 from ntk_lazy.errors import ArgumentError, ShapeError
 from ntk_lazy.modes import as_recordable, ordinary_mode
+from ntk_lazy.operator.batches import BatchOfKernels
 from ntk_lazy.operator.bilinear import BilinearGradient
 from ntk_lazy.operator.entries import block, entries
 from ntk_lazy.operator.side import Side
@@ -37,6 +39,11 @@ def _computes(method: Callable[Rest, Result]) -> Callable[Rest, Result]:
             return method(*(as_recordable(arg) if isinstance(arg, Tensor) else arg for arg in args), **kwargs)  # type: ignore[arg-type]
 
     return compute
+
+
+_RANDOM_SHARE = 0.125  # of the budget: random vectors of parameters
+_SMALL = 64**2  # entries of a kernel of a batch that is written down whatever is asked of it
+_SMALL_SHARE = 0.25  # of the budget: all kernels of such a batch
 
 
 @final
@@ -88,6 +95,8 @@ class Gramian:
         if not self.batch_shape:
             columns = rhs.movedim(-2, 0).flatten(1)
             return self._product(self.side1, self.columns, columns).unflatten(1, (*batch, rhs.shape[-1])).movedim(0, -2)
+        if self._is_of_small_kernels(rhs.shape[-1]):
+            return self.dense() @ rhs
         rhs = rhs.expand(*batch, *rhs.shape[-2:])
         result = rhs.new_empty(*batch, self.shape[-2], rhs.shape[-1])
         for index, side1, side2 in self._members(batch):
@@ -119,6 +128,16 @@ class Gramian:
         return self._times_root_scale(self.engine.pull(self.side1.x, self.side1.scatter(V))).mT
 
     @_computes
+    def random_columns(self, num_columns: int) -> Block:
+        """Return ``J1 W`` with independent standard normal W, without s: samples with covariance ``J1 J1ᵀ``."""
+        engine, size = self.engine, self.engine.num_features * self.dtype.itemsize
+        found = torch.empty(self.side1.num_rows, num_columns, dtype=self.dtype, device=self.device)
+        for columns in slices(num_columns, max(1, int(_RANDOM_SHARE * engine.budget) // max(1, size))):
+            W = torch.randn(columns.stop - columns.start, engine.num_features, dtype=self.dtype, device=self.device)
+            found[:, columns] = self.side1.gather(engine.push(self.side1.x, W))
+        return found
+
+    @_computes
     def half_gram(self, V: Block) -> SmallMatrix:
         """Return ``s (J1ᵀV)ᵀ(J1ᵀV)`` in float64 on the CPU."""
         self._refuse_batch("half_gram")
@@ -139,21 +158,20 @@ class Gramian:
     def entries(self, *index: Tensor) -> Tensor:
         """Compute entries at index tensors ``(*batch, row, column)`` of one shape, in the caller's grad mode."""
         *batch, rows, cols = (i.reshape(-1) for i in index)
-        found = torch.empty(0, dtype=self.dtype, device=self.device)
-        places = rows.new_empty(0)
-        for member, side1, side2 in self._members(self.batch_shape):
-            # Without batch dimensions there is nothing to compare, and every entry is wanted.
-            wanted = torch.ones_like(rows, dtype=torch.bool)
-            for position, where in zip(member, batch, strict=True):
-                wanted &= where == position
-            if wanted.any():
-                part = entries(self.engine, side1, side2, rows[wanted], cols[wanted])
-                found, places = torch.cat([found, part]), torch.cat([places, wanted.nonzero().squeeze(1)])
-        return self._scaled(found[places.argsort()].reshape(index[0].shape))
+        kernels = torch.zeros_like(rows)
+        for size, where in zip(self.batch_shape, batch, strict=True):
+            kernels = kernels * size + where
+        flat = self._flat(frozenset((X1, X2)) if torch.is_grad_enabled() else frozenset())
+        first = flat.first.all_rows
+        second = first if flat.second is flat.first else flat.second.all_rows
+        places = flat.first.among_all(kernels, rows), flat.second.among_all(kernels, cols)
+        return self._scaled(entries(self.engine, first, second, *places).reshape(index[0].shape))
 
     @_computes
     def dense(self) -> Tensor:
-        """Compute all of K, in the caller's grad mode."""
+        """Compute all of K. Builds no graph."""
+        if self._is_of_small_kernels(0):
+            return self._scaled(self._flat().dense().reshape(self.shape))
         members = [block(self.engine, side1, side2) for _, side1, side2 in self._members(self.batch_shape)]
         # One kernel alone is not copied: it may be as large as memory.
         return self._scaled(torch.stack(members).reshape(self.shape) if self.batch_shape else members[0])
@@ -168,6 +186,12 @@ class Gramian:
             wrt: Names of the engine.
         """
         total = BilinearGradient(self.side1, self.side2)
+        if self._is_of_small_kernels(left.shape[-1]):
+            upstream = (left @ right.mT).sum_to_size(self.shape)
+            if self.scale is not None and self.scale.requires_grad:
+                total.value = (replace(self, scale=None).dense() * upstream).sum(dtype=torch.float64).to(upstream)
+            self._flat(frozenset(wrt)).dense_gradient(upstream.reshape(-1, *self.shape[-2:]), total, wrt)
+            return total
         left, right, batch = self._blocks(left, right)
         for index, side1, side2 in self._members(batch):
             total.add(self.engine, index, (side1, side2), (left[index], right[index]), wrt=wrt)
@@ -204,6 +228,9 @@ class Gramian:
             wrt: Names of the engine.
         """
         total = BilinearGradient(self.side1, self.side2)
+        if self._is_of_small_kernels(0):
+            self._flat(frozenset(wrt)).dense_gradient(upstream.reshape(-1, *self.shape[-2:]), total, wrt)
+            return total
         for index, side1, side2 in self._members(self.batch_shape):
             total.add_dense(self.engine, index, (side1, side2), upstream[index], wrt=wrt)
         return total
@@ -215,6 +242,18 @@ class Gramian:
         if self.batch_shape:
             return left, right, batch
         return left.movedim(-2, 0).flatten(1), right.movedim(-2, 0).flatten(1), torch.Size()
+
+    def _is_of_small_kernels(self, num_columns: int) -> bool:
+        """Whether kernels of a batch are so small, or have so many columns to multiply, that all are written down."""
+        n1, n2 = self.shape[-2:]
+        size = self.shape.numel() * self.dtype.itemsize
+        is_small = n1 * n2 <= max(_SMALL, 2 * num_columns * (n1 + n2)) or (
+            not num_columns and min(n1, n2) ** 2 <= _SMALL
+        )
+        return self.batch_shape.numel() > 1 and is_small and n1 * n2 > 0 and size <= _SMALL_SHARE * self.engine.budget
+
+    def _flat(self, apart: frozenset[str] = frozenset()) -> BatchOfKernels:
+        return BatchOfKernels.of(self.engine, self.side1, self.side2, self.batch_shape, apart=apart)
 
     def _members(self, batch: torch.Size) -> Iterator[tuple[tuple[int, ...], Side, Side]]:
         """Go through the kernels of a batch: the index of each, and its two sides."""

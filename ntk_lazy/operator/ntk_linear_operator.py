@@ -17,14 +17,15 @@ from typing_extensions import override
 from ntk_lazy.errors import BudgetError, ShapeError
 from ntk_lazy.model import FunctionalModel, as_ieee
 from ntk_lazy.modes import ordinary_mode
+from ntk_lazy.operator.added_blocks import AddedBlocks
 from ntk_lazy.operator.added_diagonal import AddedDiagonal
+from ntk_lazy.operator.covariance import KernelCovariance
 from ntk_lazy.operator.differentiation import differentiable_once, multiply, once, solve_for
 from ntk_lazy.operator.indices import backward_slices, plain_indices
 from ntk_lazy.operator.job import job_of
 from ntk_lazy.operator.ordinary import in_ordinary_mode
 from ntk_lazy.operator.readout import read_entries, write_down
-from ntk_lazy.operator.representation import KernelRepresentation
-from ntk_lazy.operator.roots import keep_pairs, lanczos_inverse_root, lanczos_root
+from ntk_lazy.operator.roots import keep_pairs
 from ntk_lazy.operator.side import Side
 from ntk_lazy.plan import Plan
 from ntk_lazy.probes import Probes
@@ -35,7 +36,7 @@ from ntk_lazy.solves import Solve
 
 @final
 @in_ordinary_mode
-class NTKLinearOperator(KernelRepresentation):
+class NTKLinearOperator(KernelCovariance):
     """The empirical neural tangent kernel, lazily; made by ``ntk_lazy.ntk``.
 
     ``K = s J1 J2ᵀ`` with J the Jacobian of the model's outputs in its chosen parameters. Row ``i*C + c`` belongs
@@ -262,6 +263,9 @@ class NTKLinearOperator(KernelRepresentation):
     def __add__(self, other: Any) -> LinearOperator | Tensor:
         if isinstance(other, DiagLinearOperator):
             return AddedDiagonal(self, other)
+        blocks = AddedBlocks.of(self, other)
+        if blocks is not None:
+            return blocks
         if isinstance(other, RootLinearOperator):
             # linear_operator 0.6 takes a root of K first, as if all that follows were solves.
             return SumLinearOperator(self, other)
@@ -360,16 +364,6 @@ class NTKLinearOperator(KernelRepresentation):
         operator = self.representation_tree()(*once(*self.representation()))
         with self.linearised(rank):
             return LinearOperator.pivoted_cholesky(operator, rank, error_tol, return_pivots)
-
-    @override
-    def _root_decomposition(self) -> Tensor:
-        return lanczos_root(self)
-
-    @override
-    def _root_inv_decomposition(
-        self, initial_vectors: Tensor | None = None, test_vectors: Tensor | None = None
-    ) -> Tensor:
-        return lanczos_inverse_root(self, initial_vectors)
 
     def precondition_with(self, values: Tensor, vectors: Tensor) -> None:
         """Precondition later solves with ``K + D`` by eigenpairs of K, in the place of a randomised approximation.

@@ -7,9 +7,9 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from linear_operator.functions._root_decomposition import RootDecomposition
-from linear_operator.operators import RootLinearOperator
-from linear_operator.utils.memoize import add_to_cache
+from linear_operator import settings
+from linear_operator.utils.errors import CachingError
+from linear_operator.utils.memoize import add_to_cache, get_from_cache
 from torch import Tensor
 
 from ntk_lazy.errors import ArgumentError, ShapeError
@@ -19,6 +19,7 @@ from ntk_lazy.model import FunctionalModel
 from ntk_lazy.operator.deflation import root_of_pairs
 from ntk_lazy.operator.entries import block, entries
 from ntk_lazy.operator.job import column_costs
+from ntk_lazy.operator.krylov_roots import krylov_roots
 from ntk_lazy.precision import ieee_precision
 from ntk_lazy.solves import COLUMNS_PER_RANK
 from ntk_lazy.threads import exclusive
@@ -76,27 +77,49 @@ def kept_root(kernel: Any) -> Tensor | None:
 
 
 def lanczos_root(operator: Any) -> Tensor:
-    """Return a root of A by the process of Lanczos, as linear_operator makes it; see ``lanczos_inverse_root``."""
-    return _lanczos(operator, None, inverse=False)[0]
+    """Return a root of A by the process of Lanczos; see ``lanczos_roots``."""
+    return lanczos_roots(operator)[0]
 
 
 def lanczos_inverse_root(operator: Any, initial_vectors: Tensor | None) -> Tensor:
-    """Return a root of A^-1 by the process of Lanczos, as linear_operator makes it, and keep that of A beside it.
+    """Return a root of A^-1 by the process of Lanczos; see ``lanczos_roots``."""
+    return lanczos_roots(operator, initial_vectors)[1]
 
-    linear_operator builds A anew and multiplies with that: here within a series of products, so that these share what
-    they can.
+
+def lanczos_roots(operator: Any, initial_vectors: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return a root of A and one of A^-1 by one process of Lanczos, kept with A.
+
+    All products are in one series, so that these share what they can. linear_operator's own process ends where a
+    residual is below 1e-6, in whatever units, and where an eigenvalue repeats.
 
     Args:
         operator: A, with a method ``linearised``.
-        initial_vectors: Where the process starts; None for one random vector.
+        initial_vectors: Where the process starts; None for one vector, the same each time.
 
     Cost: ``max_root_decomposition_size`` products with as many columns as there are initial vectors.
     """
-    roots, inverses = _lanczos(operator, initial_vectors, inverse=True)
-    is_several = initial_vectors is not None and initial_vectors.shape[-1] > 1
-    # Whoever appends rows to A needs both of one process.
-    add_to_cache(operator, "root_decomposition", RootLinearOperator(roots[0] if is_several else roots))
-    return inverses
+    size, tensors = operator._root_decomposition_size(), operator.representation()
+    kind = size, torch.is_grad_enabled()
+    if initial_vectors is None:
+        try:
+            kept: tuple[Tensor, Tensor] = get_from_cache(operator, "lanczos_roots", *kind)
+        except CachingError:
+            pass
+        else:
+            return kept
+    # Not A itself, which keeps its roots: the graph of a root would hold it, and never be freed.
+    again = operator.representation_tree()(*tensors)
+    with nullcontext() if operator.batch_shape else again.linearised(size):
+        found = krylov_roots(again, size, initial_vectors, tensors)
+    if initial_vectors is None:
+        add_to_cache(operator, "lanczos_roots", found, *kind)
+    return found
+
+
+def samples_by_root(operator: Any) -> bool:
+    """Whether samples are made from a root of the whole: where linear_operator factorises, or was told how."""
+    is_small = operator.size(-1) <= settings.max_cholesky_size.value()
+    return is_small or settings.fast_computations.covar_root_decomposition.off() or settings.ciq_samples.on()
 
 
 @ieee_precision()
@@ -131,18 +154,6 @@ def known_norm(kernel: Any) -> float:
     pairs = kernel.settings.pairs.find(*_place(kernel))
     root = kept_root(kernel) if pairs is None else pairs
     return 0.0 if root is None else float(_scaled(root[:, :1], kernel.gramian.scale).double().square().sum())
-
-
-def _lanczos(operator: Any, initial_vectors: Tensor | None, *, inverse: bool) -> tuple[Tensor, Tensor]:
-    size, tensors = operator._root_decomposition_size(), operator.representation()
-    kind = operator.dtype, operator.device, operator.batch_shape, operator.matrix_shape
-    # Not A itself, which keeps its root: the graph of the root would hold it, and never be freed.
-    again = operator.representation_tree()(*tensors)
-    with nullcontext() if operator.batch_shape else again.linearised(size):
-        roots, inverses = RootDecomposition.apply(
-            lambda *_: again, size, *kind, True, inverse, initial_vectors, *tensors
-        )
-    return roots, inverses
 
 
 def _place(kernel: Any) -> tuple[FunctionalModel, Tensor, Tensor | None]:

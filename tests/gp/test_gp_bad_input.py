@@ -92,8 +92,9 @@ def test_one_target_for_several_outputs_is_refused():
         def forward(self, x: Tensor) -> gpytorch.distributions.MultivariateNormal:
             return gpytorch.distributions.MultivariateNormal(x[..., 0], self.covar_module(x))
 
-    with pytest.raises(nl.ShapeError, match=r"5 targets has 10 rows.*outputs=0"):
-        Regression().eval()(X[:2])
+    for gp in (Regression().eval(), Regression()):
+        with pytest.raises(nl.ShapeError, match=r"5 targets has 10 rows.*outputs=0"):
+            gp(X if gp.training else X[:2])
 
 
 def test_no_point_is_an_empty_kernel():
