@@ -103,18 +103,31 @@ def test_norm_has_an_error_that_covers_and_falls_with_the_pairs_that_are_known(d
     assert_covers(found, K.double().norm().item(), largest_error=loose)
 
 
-@given(n=st.integers(1, 30), seed=st.integers(0, 1000), exponent=st.integers(-100, 100))
-@settings(max_examples=40, deadline=None)
+@pytest.mark.slow
+@given(n=st.integers(2, 30), seed=st.integers(0, 1000), exponent=st.integers(-996, 996))
+@settings(max_examples=20, deadline=None)
 def test_estimates_scale_with_the_matrix(n, seed, exponent):
     K = matrix(decaying("1/i^2", n), seed=seed)
-    factor = 2.0**exponent
-    for measure in (
-        lambda A: trace(A, method="stochastic", num_samples=5, seed=seed),
-        lambda A: frobenius_norm(A, num_samples=4, num_leading=2, seed=seed),
-    ):
-        one, other = measure(K), measure(factor * K)
-        assert other.value == pytest.approx(factor * one.value, rel=1e-6)
-        assert other.standard_error == pytest.approx(factor * one.standard_error, rel=1e-3, abs=1e-9 * other.value)
+    factor, pairs = 2.0**exponent, KnownPairs.of(K, 2)
+    scaled = KnownPairs(pairs.values * factor, pairs.vectors, pairs.residual_norms * factor, pairs.noise_floor)
+    y = normal(n, seed=seed)
+    for power, measure in [
+        (1, lambda A, p: trace(A)),
+        (1, lambda A, p: trace(A, method="stochastic", num_samples=5, seed=seed)),
+        (1, lambda A, p: frobenius_norm(A, num_samples=4, num_leading=2, seed=seed)),
+        (1, lambda A, p: frobenius_norm(A, pairs=p, num_samples=4, seed=seed)),
+        (0, lambda A, p: effective_rank(A, num_samples=4, seed=seed)),
+        (0, lambda A, p: effective_rank(A, definition="trace", pairs=p)),
+        (0, lambda A, p: effective_rank(A, definition="stable", pairs=p, num_samples=4, seed=seed)),
+        (0, lambda A, p: nl.kernel_target_alignment(A, y, num_samples=4, seed=seed)),
+        (0, lambda A, p: nl.kernel_target_alignment(A, y, pairs=p, num_samples=4, seed=seed)),
+        (0, lambda A, p: nl.spectral_position(A, y)),
+        (0, lambda A, p: nl.kernel_distance(A, K, num_leading=2, num_samples=4, seed=seed)),
+    ]:
+        one, other = measure(K, pairs), measure(factor * K, scaled)
+        expected = factor**power
+        assert other.value / expected == pytest.approx(one.value, rel=1e-6, abs=1e-12)
+        assert other.standard_error / expected == pytest.approx(one.standard_error, rel=1e-3, abs=1e-9)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -84,7 +84,7 @@ def certify(
         noise = _audit(theta, coefficients, X, method=method, product=product, draw=draw)
         is_measured = True
         residuals = torch.hypot(residuals, noise)
-        doubtful = ~criterion.met(theta, residuals, pairs.spread)
+        doubtful = ~criterion.met(theta, residuals)
     index = doubtful.nonzero().flatten()
     width = max(8, fresh_width)
     for begin in range(0, len(index), width):
@@ -105,9 +105,9 @@ def _from_half_products(G: Tensor, theta: Tensor, X: Block, product: Product) ->
     """Extract values from ``G = (Jᵀ X)ᵀ (Jᵀ X)``: not negative, and right to ``eps √(λ1/λ)``, not ``eps λ1/λ``."""
     values, S = rayleigh_ritz(G, gram(X, rows=product.rows))
     defect = float((values - theta).abs().max())
-    if defect > asymmetry_tolerance(X.dtype) * product.largest_norm:
+    if defect > asymmetry_tolerance(X.dtype) * product.norm:
         raise ArgumentError(
-            f"half_gram and the products of the operator disagree by {defect / product.largest_norm:.1e} of its "
+            f"half_gram and the products of the operator disagree by {defect / product.norm:.1e} of its "
             "norm: they belong to different matrices."
         )
     return values.clamp_min(0), S

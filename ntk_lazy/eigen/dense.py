@@ -54,7 +54,7 @@ class DenseSpectrum:
         self._matrix = (K + K.mT) / 2
         theta, U = torch.linalg.eigh(self._matrix)
         theta, U = theta.flip(0), U.flip(1)
-        spread = float(theta.abs().max())
+        self._product.note_values(theta)
         theta, U = theta[: self._num_wanted + 1], U[:, : self._num_wanted + 1].contiguous()
         # The residual of what is handed out, which is rounded to the dtype of the operator.
         rounded = U.to(operator.dtype).double()
@@ -64,7 +64,6 @@ class DenseSpectrum:
             coefficients=U,
             residuals=residuals,
             removable=torch.zeros_like(residuals),
-            spread=spread,
             asymmetry=asymmetry,
         )
 

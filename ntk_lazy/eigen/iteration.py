@@ -21,7 +21,6 @@ class RitzPairs:
         residuals: ``‖A x − theta x‖`` as the method knows them, without rounding of ``x`` to its dtype.
         removable: Their part outside the space. The other part is rounding of products already made, which no
             further step reduces.
-        spread: Largest absolute value of a Ritz value, an estimate of the norm of ``A``.
         asymmetry: Largest difference between ``⟨u, Av⟩`` and ``⟨Au, v⟩`` in the space.
     """
 
@@ -29,7 +28,6 @@ class RitzPairs:
     coefficients: Float64[Tensor, "m j"]
     residuals: Float64[Tensor, " j"]
     removable: Float64[Tensor, " j"]
-    spread: float
     asymmetry: float
 
 

@@ -145,7 +145,7 @@ class BlockKrylov:
         """Project on the multiplied columns."""
         d, T, M = self._num_done, self.space().T, self._basis.gram_matrix
         theta, Y = rayleigh_ritz(T, M[:d, :d])
-        spread = float(theta.abs().max())
+        self._product.note_values(theta)
         theta, Y = theta[:num_pairs], Y[:, :num_pairs]
         Z = self._H @ Y
         Z[:d] -= Y * theta
@@ -154,7 +154,6 @@ class BlockKrylov:
             coefficients=Y,
             residuals=(Z * (M @ Z)).sum(dim=0).clamp_min(0).sqrt(),
             removable=Z[d:].norm(dim=0),
-            spread=spread,
             asymmetry=float((T - T.mT).abs().max()),
         )
 
@@ -171,8 +170,7 @@ class BlockKrylov:
         # Columns that were injected are multiplied in any case: no pair asks for what is not known yet.
         if num_pending == 0 or self._num_due or pairs.theta.numel() < k:
             return
-        floor = self._product.noise_floor
-        allowed = Criterion(rtol=self._rtol, noise_floor=floor).tolerances(pairs.theta, pairs.spread)[:k]
+        allowed = Criterion(rtol=self._rtol, floor=self._product.floor).tolerances(pairs.theta)[:k]
         unfinished = pairs.removable[:k] > allowed
         if not bool(unfinished.any()):
             return

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 
 import torch
+from jaxtyping import Float64
 from torch import Tensor
 
 from ntk_lazy.eigen.contract import Afresh, HalfGram, SymmetricOperator, asymmetry_tolerance
@@ -14,6 +15,9 @@ from ntk_lazy.errors import ArgumentError, NonFiniteError, ShapeError
 from ntk_lazy.linalg import column_norms
 from ntk_lazy.precision import ieee_precision
 from ntk_lazy.shapes import Block, SmallMatrix
+
+_LARGEST = torch.finfo(torch.float64).max
+_LARGEST_EXPONENT = 511
 
 
 class Product:
@@ -32,7 +36,8 @@ class Product:
         num_columns: Products so far: one is the operator times one column.
         num_half_columns: Half products so far.
         noise: Measured difference between two products of one column, relative to that product.
-        largest_norm: Largest norm of an image of a unit column so far, in units of ``scale``.
+        norm: A lower bound of ``‖A‖`` in units of ``scale``: the largest norm of an image of a unit column so far, and
+            the largest Ritz value of either sign.
     """
 
     def __init__(self, operator: SymmetricOperator, *, max_products: int) -> None:
@@ -43,7 +48,7 @@ class Product:
         self.num_columns = 0
         self.num_half_columns = 0
         self.noise = 0.0
-        self.largest_norm = 0.0
+        self.norm = 0.0
         self._exponent: int | None = None
         self._first: tuple[Tensor, Tensor] | None = None
 
@@ -56,6 +61,15 @@ class Product:
     def noise_floor(self) -> float:
         """Size of rounding relative to the norm of the operator: what was measured, and not less than assumed."""
         return max(least_noise(self.operator.dtype, self.rows.total), self.noise)
+
+    @property
+    def floor(self) -> float:
+        """Size of rounding in units of ``scale``: a value below it cannot be told from zero."""
+        return self.noise_floor * self.norm
+
+    def note_values(self, theta: Float64[Tensor, " j"]) -> None:
+        """Learn from Ritz values how large the operator is at least."""
+        self.norm = max(self.norm, float(theta.abs().max()))
 
     def affords(self, num_columns: int) -> bool:
         """Say whether a call of this width stays within ``max_products``."""
@@ -76,7 +90,7 @@ class Product:
         image = self._multiply(block)
         if self._exponent is None:
             image = self._choose_scale(image)
-        self.largest_norm = max(self.largest_norm, float(column_norms(image, rows=self.rows).max()))
+        self.norm = max(self.norm, float(column_norms(image, rows=self.rows).max()))
         if self.num_calls == 1:
             self._first = V[:, :1].clone(), image[:, :1].clone()
         elif self._first is not None:
@@ -107,9 +121,9 @@ class Product:
 
     def check_symmetry(self, defect: float) -> None:
         """Refuse an operator for which ``⟨u, Av⟩`` and ``⟨Au, v⟩`` differ by this much, in units of scale."""
-        if defect > asymmetry_tolerance(self.operator.dtype) * self.largest_norm:
+        if defect > asymmetry_tolerance(self.operator.dtype) * self.norm:
             raise ArgumentError(
-                f"the operator is not symmetric: <u, Av> and <Au, v> differ by {defect / self.largest_norm:.1e} of "
+                f"the operator is not symmetric: <u, Av> and <Au, v> differ by {defect / self.norm:.1e} of "
                 f"its norm after {self.num_calls} block calls. Only symmetric operators have the eigenpairs that "
                 "eigsh looks for; an operator that changes between calls (dropout) looks like this too."
             )
@@ -142,7 +156,8 @@ class Product:
         norm = float(column_norms(image, rows=self.rows).max())
         if norm == 0.0:
             return image
-        self._exponent = round(math.log2(norm) / 2)
+        # From a norm of 2^1023 on the scale itself would overflow.
+        self._exponent = min(round(math.log2(min(norm, _LARGEST)) / 2), _LARGEST_EXPONENT)
         half = math.ldexp(1.0, -self._exponent)
         return image * half * half
 
@@ -152,9 +167,10 @@ class Product:
         before = self._first[1]
         size = float(column_norms(before, rows=self.rows)[0])
         defect = float(column_norms(image - before, rows=self.rows)[0])
-        if defect > asymmetry_tolerance(image.dtype) * max(size, self.largest_norm):
+        largest = max(size, self.norm)
+        if defect > asymmetry_tolerance(image.dtype) * largest:
             raise ArgumentError(
-                f"the operator is not deterministic: two products of one column differ by {defect / size:.1e}. Put the "
-                "model in eval mode, or fix its random state."
+                f"the operator is not deterministic: two products of one column differ by "
+                f"{defect / largest:.1e} of its norm. Put the model in eval mode, or fix its random state."
             )
         self.noise = defect / size if size > 0 else 0.0

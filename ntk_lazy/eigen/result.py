@@ -77,8 +77,10 @@ class EigenResult:
             and therefore cannot be told from zero, ``residual_norms <= noise_floor · ‖A‖``.
         status: ``"converged"``; ``"max_products"``, cut short; or ``"noise_floor"``: the rounding of the
             products keeps some residuals above ``rtol``, and no further product will help.
-        noise_floor: Size of values that are only rounding, relative to the norm: measured, and at least
+        noise_floor: Size of values that are only rounding, relative to ``norm``: measured, and at least
             eight times the machine precision.
+        norm: ``‖A‖``, the largest absolute eigenvalue, from below: the largest that a product or a Ritz value of
+            either sign has shown. It is above the first value where negative eigenvalues are larger.
         completeness: What is known about values that were missed.
         bounds: How far values and vectors may be off.
         cost: What was spent.
@@ -93,6 +95,7 @@ class EigenResult:
     converged: Bool[Tensor, " k"]
     status: Status
     noise_floor: float
+    norm: float
     completeness: Completeness
     bounds: ErrorBounds
     cost: Cost
@@ -102,10 +105,8 @@ class EigenResult:
 
     @property
     def is_below_noise(self) -> Bool[Tensor, " k"]:
-        """Which values cannot be told from zero in this arithmetic."""
-        if self.values.numel() == 0:
-            return torch.zeros(0, dtype=torch.bool)
-        return self.values.abs() <= self.noise_floor * self.values.abs().max()
+        """Which values cannot be told from zero in this arithmetic: they are below ``noise_floor · norm``."""
+        return self.values.abs() <= self.noise_floor * self.norm
 
     def __str__(self) -> str:
         k = self.values.numel()
@@ -118,7 +119,8 @@ class EigenResult:
             f"{k} eigenpairs of {self.vectors.shape[0]} rows, {self.status}: {int(self.converged.sum())} within "
             f"rtol {self.rtol:.0e}",
             f"  values       {float(self.values[0]):.6e} .. {float(self.values[-1]):.6e}",
-            f"  residuals    at most {worst:.1e} of the value; noise floor {self.noise_floor:.1e} of the largest",
+            f"  residuals    at most {worst:.1e} of the value; noise floor {self.noise_floor:.1e} of the norm, "
+            f"{self.norm:.3e}",
             f"  completeness {self._completeness_in_words()}",
             f"  cost         {self.cost.columns} products in {self.cost.block_calls} block calls, "
             f"{self.cost.seconds:.2f} s, {self.cost.peak_bytes / 2**20:.1f} MiB, {self.method}",
@@ -148,6 +150,7 @@ class EigenResult:
         about = {
             "status": self.status,
             "noise_floor": self.noise_floor,
+            "norm": self.norm,
             "completeness": asdict(self.completeness),
             "bounds": {"space_angle": self.bounds.space_angle, "residual_norm": self.bounds.residual_norm},
             "cost": asdict(self.cost),
@@ -185,6 +188,8 @@ class EigenResult:
         except SafetensorError as error:
             raise ArgumentError(f"{path} is truncated or not a safetensors file: {error}") from error
         about = json.loads(metadata["about"])
+        # Files of earlier versions do not have it; then it was taken to be the largest value.
+        about.setdefault("norm", float(tensors["values"].abs().max()) if tensors["values"].numel() else 0.0)
         bounds = ErrorBounds(value=tensors["bounds.value"], angle=tensors["bounds.angle"], **about.pop("bounds"))
         return cls(
             values=tensors["values"],
