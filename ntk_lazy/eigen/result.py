@@ -119,8 +119,7 @@ class EigenResult:
             f"{k} eigenpairs of {self.vectors.shape[0]} rows, {self.status}: {int(self.converged.sum())} within "
             f"rtol {self.rtol:.0e}",
             f"  values       {float(self.values[0]):.6e} .. {float(self.values[-1]):.6e}",
-            f"  residuals    at most {worst:.1e} of the value; noise floor {self.noise_floor:.1e} of the norm, "
-            f"{self.norm:.3e}",
+            f"  residuals    at most {worst:.1e} of the value; noise floor {self.noise_floor:.1e} of the norm",
             f"  completeness {self._completeness_in_words()}",
             f"  cost         {self.cost.columns} products in {self.cost.block_calls} block calls, "
             f"{self.cost.seconds:.2f} s, {self.cost.peak_bytes / 2**20:.1f} MiB, {self.method}",
