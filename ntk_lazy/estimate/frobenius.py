@@ -17,7 +17,7 @@ from torch import Tensor
 from ntk_lazy.columns import Eigenpairs, check_pairs
 from ntk_lazy.errors import ArgumentError, ShapeError
 from ntk_lazy.estimate.result import Estimate, error_of_mean
-from ntk_lazy.linalg import column_norms, combine, orthonormalise, project_out_
+from ntk_lazy.linalg import column_norms, combine, gram, orthonormalise, project_out_
 from ntk_lazy.precision import ieee_precision
 from ntk_lazy.products import Operator, in_units, multiply, rows_of
 from ntk_lazy.rows import Rows
@@ -57,14 +57,22 @@ class ProductSamples:
         units: In these the operators are measured: powers of two, 1 where squares of entries neither overflow nor
             vanish.
         exact: Shape ``(operators, operators)``.
-        samples: Shape ``(samples, operators, operators)``; empty where nothing had to be sampled.
+        products: Shape ``(samples, samples, operators, operators)``, ``⟨A_a ω_i, A_b ω_j⟩``: the estimates where
+            ``i = j``; empty where nothing had to be sampled.
+        overlaps: Shape ``(samples, samples)``, ``⟨ω_i, ω_j⟩``.
         num_products: Products spent on all operators together.
     """
 
     units: tuple[float, ...]
     exact: Float64[Tensor, "a a"]
-    samples: Float64[Tensor, "m a a"]
+    products: Float64[Tensor, "m m a a"]
+    overlaps: Float64[Tensor, "m m"]
     num_products: int
+
+    @property
+    def samples(self) -> Float64[Tensor, "m a a"]:
+        """One estimate of the rest for each sample."""
+        return self.products.diagonal(dim1=0, dim2=1).movedim(-1, 0)
 
 
 @ieee_precision()
@@ -101,7 +109,8 @@ def frobenius_norm(
     """
     if pairs is None:
         sampled = sample_products([A], deflation=Deflation(num_leading=num_leading, num_samples=num_samples), seed=seed)
-        exact, samples, unit = sampled.exact[0, 0], sampled.samples[:, 0, 0], sampled.units[0]
+        exact, unit = sampled.exact[0, 0], sampled.units[0]
+        products, overlaps = sampled.products[..., 0, 0], sampled.overlaps
         num_products = sampled.num_products
     else:
         deflation = Deflation(num_leading=0, num_samples=num_samples)
@@ -113,14 +122,14 @@ def frobenius_norm(
         (values, residuals, image), unit = in_units([pairs.values, pairs.residual_norms, image], rows)
         # λ_i is the Rayleigh quotient of v_i, so that r_i is orthogonal to v_i and ‖A v_i‖² = λ_i² + ‖r_i‖².
         exact = (values.double().square() + residuals.double().square()).sum().cpu()
-        samples = column_norms(image, rows=rows).square()
+        products, overlaps = gram(image, rows=rows), gram(W, rows=rows)
         num_products = W.shape[1]
-    if len(samples) == 0:
+    if len(products) == 0:
         return Estimate(value=exact.sqrt().item() * unit, standard_error=0.0, num_products=num_products)
-    value = (exact + samples.mean()).sqrt().item()
+    value = (exact + products.diagonal().mean()).sqrt().item()
     if value == 0:
         return Estimate(value=0.0, standard_error=0.0, num_products=num_products)
-    error = max(error_of_mean(samples) / (2 * value), _ROUNDING * torch.finfo(A.dtype).eps * value)
+    error = max(error_of_mean(products, overlaps) / (2 * value), _ROUNDING * torch.finfo(A.dtype).eps * value)
     return Estimate(value=value * unit, standard_error=error * unit, num_products=num_products)
 
 
@@ -166,14 +175,18 @@ def sample_products(
     images, units = [image for (image,), _ in measured], tuple(unit for _, unit in measured)
     count = U.shape[1]
     exact = torch.zeros(len(operators), len(operators), dtype=torch.float64)
-    samples = torch.zeros(W.shape[1], len(operators), len(operators), dtype=torch.float64)
+    products = torch.zeros(W.shape[1], W.shape[1], len(operators), len(operators), dtype=torch.float64)
     for a, left in enumerate(images):
         for b, right in enumerate(images):
-            products = _column_products(left, right, rows)
-            exact[a, b] = products[:count].sum()
-            samples[:, a, b] = products[count:]
-    num_products = len(operators) * (together.shape[1] + sketch)
-    return ProductSamples(units=units, exact=exact, samples=samples, num_products=num_products)
+            exact[a, b] = _inner_product(left[:, :count], right[:, :count], rows)
+            products[:, :, a, b] = gram(left[:, count:], right[:, count:], rows=rows)
+    return ProductSamples(
+        units=units,
+        exact=exact,
+        products=products,
+        overlaps=gram(W, rows=rows),
+        num_products=len(operators) * (together.shape[1] + sketch),
+    )
 
 
 def _check_each(pairs: Any, num_operators: int) -> None:
@@ -222,9 +235,9 @@ def _samples_beside(U: Block, rows: Rows, num_samples: int, seed: int) -> Float[
     return combine(W, torch.diag(room**0.5 / column_norms(W, rows=rows)))
 
 
-def _column_products(left: Block, right: Block, rows: Rows) -> Tensor:
-    """Return the inner product of each column of one block with its counterpart, in float64 on the CPU."""
-    total = torch.zeros(left.shape[1], dtype=torch.float64, device=left.device)
+def _inner_product(left: Block, right: Block, rows: Rows) -> Tensor:
+    """Return the sum of the products of all entries with their counterparts, in float64 on the CPU."""
+    total = torch.zeros((), dtype=torch.float64, device=left.device)
     for a, b in zip(left.split(65_536), right.split(65_536), strict=True):
-        total += (a.double() * b.double()).sum(0)
+        total += (a.double() * b.double()).sum()
     return rows.sum(total).cpu()
