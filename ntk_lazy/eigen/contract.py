@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol, cast, runtime_checkable
@@ -56,6 +57,15 @@ class Afresh(Protocol):
 
     def matmul_afresh(self, V: Block) -> Block:
         """Multiply by another way than ``matmul``, if there is a more direct one."""
+        ...
+
+
+@runtime_checkable
+class WritesDown(Protocol):
+    """An operator that can write itself down for less than a product with each unit vector."""
+
+    def to_dense(self) -> Tensor:
+        """Return all entries, shape ``(n, n)``; BudgetError where there is no room for them."""
         ...
 
 
@@ -129,6 +139,11 @@ class WrappedOperator:
         with torch.no_grad():
             return cast("Tensor", self.operator._matmul(V))
 
+    def to_dense(self) -> Tensor:
+        """Return all entries."""
+        with torch.no_grad():
+            return cast("Tensor", self.operator.to_dense())
+
 
 @dataclass(frozen=True)
 class FactoredOperator:
@@ -171,6 +186,17 @@ class FactoredOperator:
         """Form ``Vᵀ K V`` from the half product."""
         with torch.no_grad():
             return cast("Float64[Tensor, 'k k']", self.wrapped.operator.half_gram(V))
+
+
+def way_to_write_down(operator: SymmetricOperator) -> Callable[[], Tensor] | None:
+    """Return what writes an operator down, if it has a way of its own.
+
+    Every ``LinearOperator`` has ``to_dense``; that of the base class is a product with the identity, all at once.
+    """
+    inner = operator.wrapped if isinstance(operator, FactoredOperator) else operator
+    if isinstance(inner, WrappedOperator):
+        return None if type(inner.operator).to_dense is LinearOperator.to_dense else inner.to_dense
+    return inner.to_dense if isinstance(inner, WritesDown) else None
 
 
 def asymmetry_tolerance(dtype: torch.dtype) -> float:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from ntk_lazy.eigen.bounds import error_bounds
 from ntk_lazy.eigen.certify import CertifiedPairs, certify
-from ntk_lazy.eigen.criterion import Criterion
+from ntk_lazy.eigen.criterion import Criterion, least_noise
 from ntk_lazy.eigen.iteration import Iteration, RitzPairs
+from ntk_lazy.eigen.lanczos import BlockKrylov
 from ntk_lazy.eigen.product import Product
 from ntk_lazy.eigen.progress import Callback, SolveState
 from ntk_lazy.eigen.random_columns import RandomColumns
 from ntk_lazy.eigen.result import Completeness, Cost, EigenResult, Status
 from ntk_lazy.eigen.verify import Verify, look_for_missed, make_probe
+from ntk_lazy.eigen.write_down import WriteDown
 from ntk_lazy.linalg.tiles import TILE_BYTES
 
 _PATIENCE = 8  # steps without progress before residuals of rounding size count as all there is
@@ -81,6 +83,7 @@ class Search:
     check_columns: int = 0
     search_rtol: float = 0.0
     num_due: int = 0
+    way_out: WriteDown | None = None
 
     @property
     def criterion(self) -> Criterion:
@@ -99,6 +102,7 @@ class Search:
         watch = _Watch()
         status: Status | None = None
         while status is None:
+            self._try_the_way_out()
             if not self.product.affords(self.method.next_width):
                 status = "max_products"
                 break
@@ -125,6 +129,15 @@ class Search:
         if pairs is not None and found is None:
             found = self._certify(pairs)
         return self._conclude(pairs, found or self._nothing(), status or "max_products")
+
+    def _try_the_way_out(self) -> None:
+        """Go on with the whole matrix where the search has become the dearer way."""
+        if self.way_out is None or not isinstance(self.method, BlockKrylov):
+            return
+        found = self.way_out.take_over(self.method)
+        if found is not None:
+            self.method, name = found
+            self.task = replace(self.task, fresh_width=0, method=f"{name} after {self.task.method}")
 
     def _excess(self, pairs: RitzPairs) -> float:
         """Sum the orders by which removable residuals exceed tolerances: zero if none does, infinite if pairs lack."""
@@ -158,7 +171,8 @@ class Search:
         """Whether all that exceeds a tolerance is of the size of rounding."""
         k = self.task.num_wanted
         met = self.criterion.met(pairs.theta[:k], pairs.removable[:k])
-        return pairs.theta.numel() >= k and bool((met | (pairs.removable[:k] <= self._unit)).all())
+        is_small = pairs.removable[:k] <= max(self._unit, pairs.rounding)
+        return pairs.theta.numel() >= k and bool((met | is_small).all())
 
     @property
     def _unit(self) -> float:
@@ -181,7 +195,8 @@ class Search:
             self.method.space(),
             pairs.theta[: task.num_wanted],
             slack=_SLACK * task.rtol,
-            noise=self._unit,
+            # One unit of a product, and what the projection, which is float64 in any case, is off by.
+            noise=self._unit + least_noise(torch.float64, self.product.rows.total) * self.product.norm,
             probe=probe,
             product=self.product,
             draw=self.draw,
@@ -256,6 +271,7 @@ class Search:
                 columns=self.product.num_columns,
                 search_columns=self.product.num_columns - self.check_columns,
                 half_columns=self.product.num_half_columns,
+                written_columns=self.product.num_written_columns,
                 seconds=time.perf_counter() - self.began,
                 peak_bytes=self.peak_bytes,
             ),

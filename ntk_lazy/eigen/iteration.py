@@ -21,6 +21,7 @@ class RitzPairs:
         residuals: ``‖A x − theta x‖`` as the method knows them, without rounding of ``x`` to its dtype.
         removable: Their part outside the space. The other part is rounding of products already made, which no
             further step reduces.
+        rounding: Size that ``removable`` may keep for ever: 0 where it is exact up to the rounding of its own sums.
         asymmetry: Largest difference between ``⟨u, Av⟩`` and ``⟨Au, v⟩`` in the space.
     """
 
@@ -29,6 +30,7 @@ class RitzPairs:
     residuals: Float64[Tensor, " j"]
     removable: Float64[Tensor, " j"]
     asymmetry: float
+    rounding: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,7 @@ class LocallyOptimal:
         T, M = space.T, space.M
         asymmetry = float((T - T.mT).abs().max())
         theta, Y = rayleigh_ritz(T, M)
-        self._product.note_values(theta)
+        self._product.note_norm(float(theta.abs().max()))
         num_kept = min(self._width, theta.numel())
         kept = Y[:, :num_kept]
         if not self.is_exhaustive:
@@ -111,6 +111,8 @@ class LocallyOptimal:
             residuals=residuals,
             removable=residuals,
             asymmetry=asymmetry,
+            # Images are rotated with the vectors, and residuals are differences of the two.
+            rounding=self._product.floor,
         )
         self._num_old = num_kept
         self._choose_residuals(self._last, defects)

@@ -32,6 +32,7 @@ class Cost:
         half_columns: Half products ``Jᵀ x``, which are not among ``columns``.
         seconds: Wall time.
         peak_bytes: Most bytes of long vectors that the solver held, beside the operator's own.
+        written_columns: Columns of the matrix that the operator wrote down by itself, which are not among ``columns``.
     """
 
     block_calls: int
@@ -40,6 +41,7 @@ class Cost:
     half_columns: int
     seconds: float
     peak_bytes: int
+    written_columns: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +86,8 @@ class EigenResult:
         completeness: What is known about values that were missed.
         bounds: How far values and vectors may be off.
         cost: What was spent.
-        method: The solver with every derived option filled in; passing them repeats the solve.
+        method: The solver with every derived option filled in; passing them repeats the solve. "Dense(...) after
+            Lanczos(...)" is what ``"auto"`` does with a spectrum that no search is worth.
         rtol: The tolerance.
         seed: The seed.
     """
@@ -121,8 +124,8 @@ class EigenResult:
             f"  values       {float(self.values[0]):.6e} .. {float(self.values[-1]):.6e}",
             f"  residuals    at most {worst:.1e} of the value; noise floor {self.noise_floor:.1e} of the norm",
             f"  completeness {self._completeness_in_words()}",
-            f"  cost         {self.cost.columns} products in {self.cost.block_calls} block calls, "
-            f"{self.cost.seconds:.2f} s, {self.cost.peak_bytes / 2**20:.1f} MiB, {self.method}",
+            f"  cost         {self._written_in_words()}{self.cost.columns} products in {self.cost.block_calls} "
+            f"block calls, {self.cost.seconds:.2f} s, {self.cost.peak_bytes / 2**20:.1f} MiB, {self.method}",
         ]
         num_noise = int((~above).sum())
         if num_noise:
@@ -200,6 +203,10 @@ class EigenResult:
             cost=Cost(**about.pop("cost")),
             **about,
         )
+
+    def _written_in_words(self) -> str:
+        """Say whether the operator wrote the matrix down."""
+        return f"{self.cost.written_columns} columns written down, " if self.cost.written_columns else ""
 
     def _completeness_in_words(self) -> str:
         """Say in one line what is known about missed values."""
