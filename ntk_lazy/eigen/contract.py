@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol, cast, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
+import numpy as np
 import torch
 from jaxtyping import Float64
 from linear_operator import LinearOperator
 from torch import Tensor
 
+from ntk_lazy.eigen.foreign import (
+    ArrayOperator,
+    ArrayProducts,
+    SparseArray,
+    as_sparse_tensor,
+    as_tensor,
+    coordinates,
+)
 from ntk_lazy.errors import ArgumentError, NonFiniteError, ShapeError
 from ntk_lazy.linalg.tiles import row_tiles
 from ntk_lazy.rows import Rows
@@ -80,7 +89,7 @@ class Linearised(Protocol):
 
 @dataclass(frozen=True)
 class TensorOperator:
-    """A symmetric matrix that is there in full."""
+    """A symmetric matrix whose entries are there, as a dense tensor or as a sparse one in coordinates."""
 
     matrix: Tensor
 
@@ -209,7 +218,7 @@ def asymmetry_tolerance(dtype: torch.dtype) -> float:
 
 
 def as_symmetric_operator(A: object) -> SymmetricOperator:
-    """Wrap a tensor or a ``LinearOperator``, or take an operator as it is; refuse what is not symmetric.
+    """Wrap a tensor, an array or a ``LinearOperator``, or take an operator as it is; refuse what is not symmetric.
 
     Raises:
         ShapeError: Not square, batched, or neither float32 nor float64.
@@ -217,19 +226,22 @@ def as_symmetric_operator(A: object) -> SymmetricOperator:
         ArgumentError: A tensor that is not symmetric, or something that is not an operator.
     """
     operator: SymmetricOperator
-    if isinstance(A, Tensor):
+    if isinstance(A, Tensor | np.ndarray | SparseArray):
         _check_square(tuple(A.shape))
-        operator = TensorOperator(A.detach())
+        operator = TensorOperator(_as_matrix(A))
     elif isinstance(A, LinearOperator):
         _check_square(tuple(A.shape))
         wrapped = WrappedOperator(A)
         operator = FactoredOperator(wrapped) if _has_half_gram(A) else wrapped
     elif isinstance(A, SymmetricOperator):
         operator = A
+    elif isinstance(A, ArrayOperator):
+        _check_square(tuple(A.shape))
+        operator = ArrayProducts(A)
     else:
         raise ArgumentError(
-            f"A is a {type(A).__name__}; eigsh needs a symmetric tensor, a LinearOperator, or an object with "
-            "rows, dtype, device and matmul."
+            f"A is a {type(A).__name__}; eigsh needs a symmetric tensor or array, dense or sparse, a LinearOperator of "
+            "linear_operator or SciPy, or an object with rows, dtype, device and matmul."
         )
     if operator.dtype not in (torch.float32, torch.float64):
         raise ShapeError(
@@ -256,15 +268,33 @@ def _check_square(shape: tuple[int, ...]) -> None:
         )
 
 
+def _as_matrix(A: Tensor | np.ndarray[Any, Any] | SparseArray) -> Tensor:
+    """Return a dense tensor, or a sparse one in coordinates."""
+    if isinstance(A, np.ndarray):
+        return as_tensor(A)
+    if not isinstance(A, Tensor):
+        return as_sparse_tensor(A)
+    return A.detach() if A.layout is torch.strided else coordinates(A)
+
+
+def _pieces(matrix: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Go through entries, and what they differ by from those of the transpose."""
+    if matrix.is_sparse:
+        yield matrix.values(), (matrix - matrix.mT).coalesce().values()
+        return
+    for tile in row_tiles(matrix.shape[0], matrix.shape[1], device=matrix.device):
+        yield matrix[tile], matrix[tile] - matrix.mT[tile]
+
+
 def _check_entries(matrix: Tensor) -> None:
     """Refuse a tensor that is not finite or not symmetric, tile by tile."""
     largest = defect = 0.0
-    for tile in row_tiles(matrix.shape[0], matrix.shape[1], device=matrix.device):
-        piece = matrix[tile]
+    for piece, difference in _pieces(matrix):
         if not bool(torch.isfinite(piece).all()):
             raise NonFiniteError("A contains NaN or infinity.")
-        largest = max(largest, float(piece.abs().max()))
-        defect = max(defect, float((piece - matrix.mT[tile]).abs().max()))
+        if piece.numel():
+            largest = max(largest, float(piece.abs().max()))
+            defect = max(defect, float(difference.abs().max()))
     if defect > asymmetry_tolerance(matrix.dtype) * largest:
         raise ArgumentError(
             f"A is not symmetric: entries differ from those of its transpose by {defect / largest:.1e} of the "

@@ -34,8 +34,8 @@ class Lanczos:
 class LOBPCG:
     """Locally optimal block preconditioned conjugate gradients on an orthonormal ``[X P W]``.
 
-    Fewest block calls and fixed memory (six blocks), for twice the products of ``Lanczos``: with three blocks remembered
-    each digit costs as much as the last, so that small tolerances on slowly falling spectra take many times as many.
+    Fewest block calls and fixed memory (six blocks), for twice the products of ``Lanczos``. With three blocks
+    remembered each digit costs as much as the last: small tolerances on slowly falling spectra take many times as many.
 
     Attributes:
         num_guards: Columns beyond ``k``, which make the last wanted pairs converge. None: ``k / 4``, and

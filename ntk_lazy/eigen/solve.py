@@ -68,7 +68,8 @@ def eigsh(  # noqa: PLR0913 - the public signature is fixed by the design
     "Largest" is meant with sign. The operator is scaled by its measured norm, so that no threshold is absolute.
 
     Args:
-        A: A symmetric tensor, a square ``LinearOperator``, or a ``SymmetricOperator``; float32 or float64.
+        A: A symmetric tensor or array of NumPy, a sparse one of torch or SciPy, a square ``LinearOperator`` of
+            linear_operator or SciPy, or a ``SymmetricOperator``; float32 or float64.
         k: Number of pairs, at most the number of rows.
         solver: ``Lanczos(...)``, ``LOBPCG(...)``, ``Dense()``, or ``"auto"``: ``Dense`` where it costs no more
             products than ``Lanczos`` or the operator is small; else ``Lanczos``, which up to 20,000 rows gives way to
