@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ntk_lazy.columns import Eigenpairs, HasVectors, as_directions, check_orthonormal, span_of
 from ntk_lazy.errors import ArgumentError, DegenerateError, ShapeError
-from ntk_lazy.estimate import Deflation, Estimate, frobenius_norm, jackknife_error, sample_products
+from ntk_lazy.estimate import Deflation, Estimate, frobenius_norm, jackknife_error, sample_products, skew_widening
 from ntk_lazy.estimate import trace as exact_trace
 from ntk_lazy.linalg import gram, row_tiles
 from ntk_lazy.precision import ieee_precision
@@ -21,6 +21,7 @@ from ntk_lazy.shapes import Block
 # A cumulative energy above 1 by this much is rounding in float32 vectors; more says that they are not orthonormal.
 _ENERGY_SLACK = 1e-3
 _SMALLEST_SINE = 1e-5
+_ROUNDING_OF_COSINE = 8 * torch.finfo(torch.float64).eps
 
 
 @ieee_precision()
@@ -251,9 +252,12 @@ def kernel_distance(
     value, error = _cosine_distance(total).item(), 0.0
     if m:
         others = sampled.exact + (sampled.samples.sum(0) - sampled.samples) / (m - 1)
-        # Products that are off by eps turn each kernel by about eps, and move a distance S by eps · sqrt(2 S).
+        forms = (sampled.products * _gradient_of_distance(total)).sum((-2, -1))
+        spread = jackknife_error(_cosine_distance(others)) * skew_widening((forms + forms.mT) / 2, sampled.overlaps)
+        # Products that are off by eps turn each kernel by about eps, and move a distance S by eps · sqrt(2 S); a
+        # cosine near 1 is itself rounded in float64.
         eps = torch.finfo(K1.dtype).eps
-        error = max(jackknife_error(_cosine_distance(others)), eps * (2 * abs(value)) ** 0.5 + eps**2)
+        error = max(spread, eps * (2 * abs(value)) ** 0.5 + _ROUNDING_OF_COSINE)
     return Estimate(value=max(value, 0.0), standard_error=error, num_products=sampled.num_products)
 
 
@@ -261,6 +265,15 @@ def _cosine_distance(products: Float64[Tensor, "*m 2 2"]) -> Float64[Tensor, "*m
     """Return 1 − cos from the inner products of two things."""
     norms = products.diagonal(dim1=-2, dim2=-1).sqrt()
     return 1 - products[..., 0, 1] / norms.prod(-1)
+
+
+def _gradient_of_distance(products: Float64[Tensor, "2 2"]) -> Float64[Tensor, "2 2"]:
+    """Return the derivatives of 1 − cos in the inner products."""
+    norms = products.diagonal().sqrt()
+    cosine = products[0, 1] / norms.prod()
+    gradient = torch.diag(cosine / products.diagonal() / 2)
+    gradient[0, 1] = -1 / norms.prod()
+    return gradient
 
 
 @ieee_precision()

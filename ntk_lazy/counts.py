@@ -10,10 +10,10 @@ TYPICAL_KAPPA = 8.0  # cost of starting a block call, in columns, where it is no
 WIDEST = 64  # what a number of outputs alone can ask for
 NUM_FRESH = 2
 """Random columns added to any start: a block inside an invariant subspace could never leave it."""
+LARGEST_DENSE = 20_000  # rows of a matrix that is written down without being asked to; in float64 it takes 3.2 GB
 DENSE_WIDTH = 256  # columns of a product that writes a matrix down
 _NARROWEST = 8
 _SMALL = 256  # rows at which LAPACK beats any iteration
-_LARGEST_DENSE = 20_000  # rows; float64 matrix and vectors take 6.4 GB there
 
 
 def check_count(count: object, name: str) -> None:
@@ -54,7 +54,7 @@ def typical_products(num_wanted: int, num_outputs: int) -> float:
 def prefers_dense(num_wanted: int, num_rows: int, num_outputs: int) -> bool:
     """Say whether a matrix is better written down for its eigenpairs: it costs no more products, or is small."""
     is_dear = typical_products(num_wanted, num_outputs) >= num_rows or num_wanted > num_rows / 4
-    return num_rows <= _SMALL or (is_dear and num_rows <= _LARGEST_DENSE)
+    return num_rows <= _SMALL or (is_dear and num_rows <= LARGEST_DENSE)
 
 
 def typical_calls(num_wanted: int, num_rows: int, num_outputs: int) -> tuple[int, int]:

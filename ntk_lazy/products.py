@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any, Protocol, cast
 
 import torch
@@ -13,6 +15,8 @@ from ntk_lazy.errors import NonFiniteError, ShapeError
 from ntk_lazy.linalg import gram
 from ntk_lazy.rows import Rows
 from ntk_lazy.shapes import Block
+
+_LARGEST_EXPONENT = 100  # the sixth power of 2^100, summed over any number of rows, is within float64
 
 
 class Operator(Protocol):
@@ -64,6 +68,22 @@ def multiply(A: Operator, V: Block) -> Float[Tensor, "m k"]:
             "the operator returned a NaN or an infinity. Look for one in the parameters and the inputs, or use float64."
         )
     return product
+
+
+def in_units(blocks: Sequence[Tensor], rows: Rows) -> tuple[list[Tensor], float]:
+    """Divide blocks by one power of two near their largest entry, if powers of it could overflow or vanish.
+
+    Returns:
+        The blocks, the same ones where nothing had to be done, and what to multiply with at the end.
+    """
+    largest = max((float(rows.sum(b.abs().amax())) for b in blocks if b.numel()), default=0.0)
+    exponent = math.frexp(largest)[1]
+    if abs(exponent) <= _LARGEST_EXPONENT or not math.isfinite(largest):
+        return list(blocks), 1.0
+    # In two steps: the inverse of a subnormal number does not exist.
+    half = exponent // 2
+    first, second = math.ldexp(1.0, -half), math.ldexp(1.0, half - exponent)
+    return [b * first * second for b in blocks], math.ldexp(1.0, exponent)
 
 
 @torch.no_grad()

@@ -43,7 +43,8 @@ def _measured_kappa(product: Product, draw: RandomColumns) -> float:
     """Time calls of eight columns and of one, after one that warms up whatever has to."""
     seconds = []
     for width in (1, min(_TIMED_COLUMNS, product.rows.total), 1):
-        block = draw(width)
+        # Of columns of norm one, as those of a search: images say how large the operator is.
+        block = draw(width) / product.rows.total**0.5
         began = time.perf_counter()
         product(block)  # reads a norm back at its end, so that nothing is still queued on a device
         seconds.append(time.perf_counter() - began)

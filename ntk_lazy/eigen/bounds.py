@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float64
@@ -15,7 +15,7 @@ class ErrorBounds:
 
     Attributes:
         value: ``(k,)``: some eigenvalue lies this near. The residual norm, or its square over the gap where that
-            is smaller (Kato-Temple), plus the measured rounding of a product.
+            is smaller (Kato-Temple), plus the measured rounding of a product and that of the small eigenproblem.
         angle: ``(k,)``: sine of the angle between a vector and the eigenspace of its *cluster*, the values that
             its residual cannot tell apart; 1 where nothing can be said (Davis-Kahan).
         space_angle: The same for the span of all vectors: whether the choice of ``k`` cuts a cluster shows here.
@@ -27,6 +27,10 @@ class ErrorBounds:
     angle: Float64[Tensor, " k"]
     space_angle: float
     residual_norm: float
+
+    def times(self, scale: float) -> ErrorBounds:
+        """The bounds for the same operator times a positive number."""
+        return replace(self, value=self.value * scale, residual_norm=self.residual_norm * scale)
 
     def unexplained(self, values: Float64[Tensor, " k"], trace: float) -> float:
         """Bound the share of the trace that the best approximation of this rank leaves out.
@@ -51,7 +55,7 @@ def error_bounds(
         residual_norms: Of the same pairs.
         next_value: An upper estimate of the first eigenvalue that is not among them: its Ritz value plus its
             residual norm; minus infinity when there is none, infinity when nothing is known of it.
-        noise: Norm of the rounding of a product.
+        noise: Norm of the rounding of a product, and of what follows it.
 
     Returns:
         Bounds on values and angles.

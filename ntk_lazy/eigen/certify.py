@@ -62,8 +62,8 @@ def certify(
     of a few random combinations of neighbouring pairs measure the difference between the two, and only pairs
     for which it matters are multiplied one by one.
 
-    Cost: ``k`` products, or 8 (1 in float64) plus those that were in doubt; ``k`` half products where
-        offered; ``k`` long vectors and two blocks.
+    Cost: ``k`` products, or 8 (1 in float64, 4 where all entries are known) plus those that were in doubt; ``k`` half
+        products where offered; ``k`` long vectors and two blocks.
     """
     coefficients = pairs.coefficients[:, :num_wanted]
     theta = pairs.theta[:num_wanted]
@@ -79,12 +79,16 @@ def certify(
     doubtful = torch.ones(k, dtype=torch.bool)
     is_measured = False
     if k > fresh_width:
-        if not product.affords(_NUM_GROUPS[X.dtype] * _NUM_DRAWS[X.dtype]):
+        # Rounding of entries that are all there is no accident of one sum.
+        num_draws = 1 if method.is_exhaustive else _NUM_DRAWS[X.dtype]
+        if not product.affords(_NUM_GROUPS[X.dtype] * num_draws):
             return CertifiedPairs(theta, X, residuals, noise, is_measured)
-        noise = _audit(theta, coefficients, X, method=method, product=product, draw=draw)
+        noise = _audit(theta, coefficients, X, num_draws=num_draws, method=method, product=product, draw=draw)
+        if product.num_written_columns:
+            _check_what_is_written(float(noise.max()), X.dtype, product)
         is_measured = True
         residuals = torch.hypot(residuals, noise)
-        doubtful = ~criterion.met(theta, residuals, pairs.spread)
+        doubtful = ~criterion.met(theta, residuals)
     index = doubtful.nonzero().flatten()
     width = max(8, fresh_width)
     for begin in range(0, len(index), width):
@@ -105,12 +109,21 @@ def _from_half_products(G: Tensor, theta: Tensor, X: Block, product: Product) ->
     """Extract values from ``G = (Jᵀ X)ᵀ (Jᵀ X)``: not negative, and right to ``eps √(λ1/λ)``, not ``eps λ1/λ``."""
     values, S = rayleigh_ritz(G, gram(X, rows=product.rows))
     defect = float((values - theta).abs().max())
-    if defect > asymmetry_tolerance(X.dtype) * product.largest_norm:
+    if defect > asymmetry_tolerance(X.dtype) * product.norm:
         raise ArgumentError(
-            f"half_gram and the products of the operator disagree by {defect / product.largest_norm:.1e} of its "
+            f"half_gram and the products of the operator disagree by {defect / product.norm:.1e} of its "
             "norm: they belong to different matrices."
         )
     return values.clamp_min(0), S
+
+
+def _check_what_is_written(noise: float, dtype: torch.dtype, product: Product) -> None:
+    """Refuse a matrix that is not that of the products."""
+    if noise > asymmetry_tolerance(dtype) * product.norm:
+        raise ArgumentError(
+            f"to_dense and the products of the operator disagree by {noise / product.norm:.1e} of its norm: they "
+            "belong to different matrices, or the operator changes from call to call (put a model in eval mode)."
+        )
 
 
 def _residuals_of_search(theta: Tensor, coefficients: Tensor, X: Block, method: Iteration, product: Product) -> Tensor:
@@ -129,6 +142,7 @@ def _audit(
     coefficients: Tensor,
     X: Block,
     *,
+    num_draws: int,
     method: Iteration,
     product: Product,
     draw: RandomColumns,
@@ -141,7 +155,7 @@ def _audit(
     """
     k = theta.numel()
     # Groups that grow like a geometric series: the leading values fall fastest.
-    num_groups, num_draws = min(k, _NUM_GROUPS[X.dtype]), _NUM_DRAWS[X.dtype]
+    num_groups = min(k, _NUM_GROUPS[X.dtype])
     ends = sorted({round(k ** ((i + 1) / num_groups)) for i in range(num_groups)})
     groups = torch.arange(k).tensor_split(ends[:-1])
     signs = draw.mixing(k, num_draws).sign()

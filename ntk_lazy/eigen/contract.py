@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol, cast, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
+import numpy as np
 import torch
 from jaxtyping import Float64
 from linear_operator import LinearOperator
 from torch import Tensor
 
+from ntk_lazy.eigen.foreign import (
+    ArrayOperator,
+    ArrayProducts,
+    SparseArray,
+    as_sparse_tensor,
+    as_tensor,
+    coordinates,
+)
 from ntk_lazy.errors import ArgumentError, NonFiniteError, ShapeError
 from ntk_lazy.linalg.tiles import row_tiles
 from ntk_lazy.rows import Rows
@@ -60,6 +70,15 @@ class Afresh(Protocol):
 
 
 @runtime_checkable
+class WritesDown(Protocol):
+    """An operator that can write itself down for less than a product with each unit vector."""
+
+    def to_dense(self) -> Tensor:
+        """Return all entries, shape ``(n, n)``; BudgetError where there is no room for them."""
+        ...
+
+
+@runtime_checkable
 class Linearised(Protocol):
     """An operator that can keep what its products have in common, for as long as it does not change."""
 
@@ -70,7 +89,7 @@ class Linearised(Protocol):
 
 @dataclass(frozen=True)
 class TensorOperator:
-    """A symmetric matrix that is there in full."""
+    """A symmetric matrix whose entries are there, as a dense tensor or as a sparse one in coordinates."""
 
     matrix: Tensor
 
@@ -129,6 +148,11 @@ class WrappedOperator:
         with torch.no_grad():
             return cast("Tensor", self.operator._matmul(V))
 
+    def to_dense(self) -> Tensor:
+        """Return all entries."""
+        with torch.no_grad():
+            return cast("Tensor", self.operator.to_dense())
+
 
 @dataclass(frozen=True)
 class FactoredOperator:
@@ -173,6 +197,17 @@ class FactoredOperator:
             return cast("Float64[Tensor, 'k k']", self.wrapped.operator.half_gram(V))
 
 
+def way_to_write_down(operator: SymmetricOperator) -> Callable[[], Tensor] | None:
+    """Return what writes an operator down, if it has a way of its own.
+
+    Every ``LinearOperator`` has ``to_dense``; that of the base class is a product with the identity, all at once.
+    """
+    inner = operator.wrapped if isinstance(operator, FactoredOperator) else operator
+    if isinstance(inner, WrappedOperator):
+        return None if type(inner.operator).to_dense is LinearOperator.to_dense else inner.to_dense
+    return inner.to_dense if isinstance(inner, WritesDown) else None
+
+
 def asymmetry_tolerance(dtype: torch.dtype) -> float:
     """Say how far ``⟨u, Av⟩`` and ``⟨Au, v⟩`` may differ, relative to the largest: ``eps^0.7``.
 
@@ -183,7 +218,7 @@ def asymmetry_tolerance(dtype: torch.dtype) -> float:
 
 
 def as_symmetric_operator(A: object) -> SymmetricOperator:
-    """Wrap a tensor or a ``LinearOperator``, or take an operator as it is; refuse what is not symmetric.
+    """Wrap a tensor, an array or a ``LinearOperator``, or take an operator as it is; refuse what is not symmetric.
 
     Raises:
         ShapeError: Not square, batched, or neither float32 nor float64.
@@ -191,19 +226,22 @@ def as_symmetric_operator(A: object) -> SymmetricOperator:
         ArgumentError: A tensor that is not symmetric, or something that is not an operator.
     """
     operator: SymmetricOperator
-    if isinstance(A, Tensor):
+    if isinstance(A, Tensor | np.ndarray | SparseArray):
         _check_square(tuple(A.shape))
-        operator = TensorOperator(A.detach())
+        operator = TensorOperator(_as_matrix(A))
     elif isinstance(A, LinearOperator):
         _check_square(tuple(A.shape))
         wrapped = WrappedOperator(A)
         operator = FactoredOperator(wrapped) if _has_half_gram(A) else wrapped
     elif isinstance(A, SymmetricOperator):
         operator = A
+    elif isinstance(A, ArrayOperator):
+        _check_square(tuple(A.shape))
+        operator = ArrayProducts(A)
     else:
         raise ArgumentError(
-            f"A is a {type(A).__name__}; eigsh needs a symmetric tensor, a LinearOperator, or an object with "
-            "rows, dtype, device and matmul."
+            f"A is a {type(A).__name__}; eigsh needs a symmetric tensor or array, dense or sparse, a LinearOperator of "
+            "linear_operator or SciPy, or an object with rows, dtype, device and matmul."
         )
     if operator.dtype not in (torch.float32, torch.float64):
         raise ShapeError(
@@ -230,15 +268,33 @@ def _check_square(shape: tuple[int, ...]) -> None:
         )
 
 
+def _as_matrix(A: Tensor | np.ndarray[Any, Any] | SparseArray) -> Tensor:
+    """Return a dense tensor, or a sparse one in coordinates."""
+    if isinstance(A, np.ndarray):
+        return as_tensor(A)
+    if not isinstance(A, Tensor):
+        return as_sparse_tensor(A)
+    return A.detach() if A.layout is torch.strided else coordinates(A)
+
+
+def _pieces(matrix: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Go through entries, and what they differ by from those of the transpose."""
+    if matrix.is_sparse:
+        yield matrix.values(), (matrix - matrix.mT).coalesce().values()
+        return
+    for tile in row_tiles(matrix.shape[0], matrix.shape[1], device=matrix.device):
+        yield matrix[tile], matrix[tile] - matrix.mT[tile]
+
+
 def _check_entries(matrix: Tensor) -> None:
     """Refuse a tensor that is not finite or not symmetric, tile by tile."""
     largest = defect = 0.0
-    for tile in row_tiles(matrix.shape[0], matrix.shape[1], device=matrix.device):
-        piece = matrix[tile]
+    for piece, difference in _pieces(matrix):
         if not bool(torch.isfinite(piece).all()):
             raise NonFiniteError("A contains NaN or infinity.")
-        largest = max(largest, float(piece.abs().max()))
-        defect = max(defect, float((piece - matrix.mT[tile]).abs().max()))
+        if piece.numel():
+            largest = max(largest, float(piece.abs().max()))
+            defect = max(defect, float(difference.abs().max()))
     if defect > asymmetry_tolerance(matrix.dtype) * largest:
         raise ArgumentError(
             f"A is not symmetric: entries differ from those of its transpose by {defect / largest:.1e} of the "

@@ -15,27 +15,26 @@ _FLOOR_IN_EPS = 8
 class Criterion:
     """``‖A x − theta x‖ <= rtol · |theta|``, for each pair by itself.
 
-    A value below ``noise_floor · ‖A‖`` is made of rounding, so that no test relative to it can be met; there
-    the residual must be below the noise floor too. This is what makes the null space of a rank-deficient
-    operator count as found, with values of rounding size.
+    A value below the floor, a share of ``‖A‖``, is made of rounding, so that no test relative to it can be met; there
+    the residual must be below the floor too. This is what makes the null space of a rank-deficient operator count as
+    found, with values of rounding size.
 
     Attributes:
         rtol: Relative tolerance.
-        noise_floor: Size of rounding relative to ``‖A‖``.
+        floor: Size of rounding, in the units of the values.
     """
 
     rtol: float
-    noise_floor: float
+    floor: float
 
-    def tolerances(self, theta: Float64[Tensor, " j"], spread: float) -> Float64[Tensor, " j"]:
+    def tolerances(self, theta: Float64[Tensor, " j"]) -> Float64[Tensor, " j"]:
         """Largest residual that each pair may have."""
-        floor = self.noise_floor * spread
         size = theta.abs()
-        return torch.where(size > floor, self.rtol * size, torch.full_like(size, floor))
+        return torch.where(size > self.floor, self.rtol * size, torch.full_like(size, self.floor))
 
-    def met(self, theta: Float64[Tensor, " j"], residuals: Float64[Tensor, " j"], spread: float) -> Bool[Tensor, " j"]:
+    def met(self, theta: Float64[Tensor, " j"], residuals: Float64[Tensor, " j"]) -> Bool[Tensor, " j"]:
         """Say which pairs count as found."""
-        return residuals <= self.tolerances(theta, spread)
+        return residuals <= self.tolerances(theta)
 
 
 def least_noise(dtype: torch.dtype, num_rows: int) -> float:

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from ntk_lazy.eigen.bounds import error_bounds
 from ntk_lazy.eigen.certify import CertifiedPairs, certify
-from ntk_lazy.eigen.criterion import Criterion
+from ntk_lazy.eigen.criterion import Criterion, least_noise
 from ntk_lazy.eigen.iteration import Iteration, RitzPairs
+from ntk_lazy.eigen.lanczos import BlockKrylov
 from ntk_lazy.eigen.product import Product
 from ntk_lazy.eigen.progress import Callback, SolveState
 from ntk_lazy.eigen.random_columns import RandomColumns
 from ntk_lazy.eigen.result import Completeness, Cost, EigenResult, Status
 from ntk_lazy.eigen.verify import Verify, look_for_missed, make_probe
+from ntk_lazy.eigen.write_down import WriteDown
 from ntk_lazy.linalg.tiles import TILE_BYTES
 
 _PATIENCE = 8  # steps without progress before residuals of rounding size count as all there is
+_FEW_OPERATIONS = 8  # that round in float64 whatever the number of rows
 _BLOCKS_IN_FLIGHT = 6  # the copy that goes in, what comes back, its scaled copy, and three while it is orthonormalised
 _ROUNDING_SHARE = 0.9  # of the tolerance: what rounding may take for the search to be able to do the rest
 _SLACK = 0.25  # of the tolerance: a value that a probe raises by more belonged to another eigenvalue
@@ -80,11 +83,12 @@ class Search:
     check_columns: int = 0
     search_rtol: float = 0.0
     num_due: int = 0
+    way_out: WriteDown | None = None
 
     @property
     def criterion(self) -> Criterion:
         """The test that pairs must pass, with the noise measured so far."""
-        return Criterion(rtol=self.task.rtol, noise_floor=self.product.noise_floor)
+        return Criterion(rtol=self.task.rtol, floor=self.product.floor)
 
     def run(self) -> EigenResult:
         """Iterate until the set is complete, the products are spent, or only rounding is left.
@@ -98,6 +102,7 @@ class Search:
         watch = _Watch()
         status: Status | None = None
         while status is None:
+            self._try_the_way_out()
             if not self.product.affords(self.method.next_width):
                 status = "max_products"
                 break
@@ -117,7 +122,7 @@ class Search:
                 watch = _Watch()
                 continue
             found = self._certify(pairs)
-            status = self._judge(found, pairs.spread)
+            status = self._judge(found)
             if status is None and self.method.next_width == 0:
                 status = "noise_floor"
             watch = _Watch()
@@ -125,13 +130,21 @@ class Search:
             found = self._certify(pairs)
         return self._conclude(pairs, found or self._nothing(), status or "max_products")
 
+    def _try_the_way_out(self) -> None:
+        """Go on with the whole matrix where the search has become the dearer way."""
+        if self.way_out is None or not isinstance(self.method, BlockKrylov):
+            return
+        found = self.way_out.take_over(self.method)
+        if found is not None:
+            self.method, name = found
+            self.task = replace(self.task, fresh_width=0, method=f"{name} after {self.task.method}")
+
     def _excess(self, pairs: RitzPairs) -> float:
         """Sum the orders by which removable residuals exceed tolerances: zero if none does, infinite if pairs lack."""
         k = self.task.num_wanted
         if pairs.theta.numel() < k:
             return float("inf")
-        criterion = Criterion(rtol=self.search_rtol, noise_floor=self.product.noise_floor)
-        allowed = criterion.tolerances(pairs.theta[:k], pairs.spread)
+        allowed = Criterion(rtol=self.search_rtol, floor=self.product.floor).tolerances(pairs.theta[:k])
         above = pairs.removable[:k] > allowed
         tiny = torch.finfo(torch.float64).tiny
         return float((pairs.removable[:k] / allowed.clamp_min(tiny))[above].log10().sum())
@@ -143,11 +156,11 @@ class Search:
         within the tolerance of both. And where a tolerance is below one unit of rounding, half of it is left for that.
         """
         k, rtol = self.task.num_wanted, self.task.rtol
-        last, floor = abs(float(pairs.theta[k - 1])), self.product.noise_floor * pairs.spread
+        last, floor = abs(float(pairs.theta[k - 1])), self.product.floor
         following = abs(float(pairs.theta[k])) if pairs.theta.numel() > k else 0.0
         if last - following < _NEIGHBOUR * rtol * last:
             return _AT_A_NEIGHBOUR * rtol
-        return rtol / 2 if rtol * last < self._unit(pairs) and last > floor else rtol
+        return rtol / 2 if rtol * last < self._unit and last > floor else rtol
 
     def _tighten(self, rtol: float) -> None:
         """Aim at a smaller tolerance from now on."""
@@ -157,12 +170,14 @@ class Search:
     def _is_rounding(self, pairs: RitzPairs) -> bool:
         """Whether all that exceeds a tolerance is of the size of rounding."""
         k = self.task.num_wanted
-        met = self.criterion.met(pairs.theta[:k], pairs.removable[:k], pairs.spread)
-        return pairs.theta.numel() >= k and bool((met | (pairs.removable[:k] <= self._unit(pairs))).all())
+        met = self.criterion.met(pairs.theta[:k], pairs.removable[:k])
+        is_small = pairs.removable[:k] <= max(self._unit, pairs.rounding)
+        return pairs.theta.numel() >= k and bool((met | is_small).all())
 
-    def _unit(self, pairs: RitzPairs) -> float:
-        """One unit of rounding of the largest value."""
-        return float(torch.finfo(self.draw.dtype).eps) * pairs.spread
+    @property
+    def _unit(self) -> float:
+        """One unit of rounding of the norm."""
+        return float(torch.finfo(self.draw.dtype).eps) * self.product.norm
 
     def _may_have_missed(self, pairs: RitzPairs) -> bool:
         """Probe for missed eigenvalues; whatever is found joins the space. A clean probe is not repeated."""
@@ -180,7 +195,8 @@ class Search:
             self.method.space(),
             pairs.theta[: task.num_wanted],
             slack=_SLACK * task.rtol,
-            noise=self._unit(pairs),
+            # One unit of a product, and what the projection, which is float64 in any case, is off by.
+            noise=self._unit + least_noise(torch.float64, self.product.rows.total) * self.product.norm,
             probe=probe,
             product=self.product,
             draw=self.draw,
@@ -212,19 +228,19 @@ class Search:
         self.check_columns += self.product.num_columns - before
         return found
 
-    def _judge(self, found: CertifiedPairs, spread: float) -> Status | None:
+    def _judge(self, found: CertifiedPairs) -> Status | None:
         """Say how a certified set ends the search; None to go on with a stricter search.
 
         A residual is made of what the search left and of rounding. Where rounding alone is within the tolerance, the
         search can make room for it.
         """
-        met = self.criterion.met(found.theta, found.residuals, spread)
+        met = self.criterion.met(found.theta, found.residuals)
         is_probed = self.task.verify is False or self.completeness.method != "none"
         if bool(met.all()):
             return "converged" if is_probed else "max_products"
         if not found.is_measured:
             return "max_products"
-        allowed = self.criterion.tolerances(found.theta, spread)
+        allowed = self.criterion.tolerances(found.theta)
         # The noise is the difference of two products; a residual has that of one.
         has_room = bool((found.noise / 2**0.5 <= _ROUNDING_SHARE * allowed)[~met].all())
         if self.method.is_exhaustive or not has_room or self.search_rtol < _STRICTEST * self.task.rtol:
@@ -235,30 +251,27 @@ class Search:
     def _conclude(self, pairs: RitzPairs | None, found: CertifiedPairs, status: Status) -> EigenResult:
         """Write the result in the units of the operator."""
         task = self.task
-        spread, following = 0.0, float("inf")
-        if pairs is not None:
-            spread, following = pairs.spread, self._next_value(pairs, found.theta.numel())
+        following = float("inf") if pairs is None else self._next_value(pairs, found.theta.numel())
         scale = self.product.scale
         noise = float(found.noise.max()) if found.noise.numel() else 0.0
+        # In units of the scale: squares of values of 1e200 do not exist.
+        bounds = error_bounds(found.theta, found.residuals, next_value=following, noise=noise + self._rounding(found))
         return EigenResult(
             values=found.theta * scale,
             vectors=found.X,
             residual_norms=found.residuals * scale,
-            converged=self.criterion.met(found.theta, found.residuals, spread),
+            converged=self.criterion.met(found.theta, found.residuals),
             status=status,
-            noise_floor=self.criterion.noise_floor,
+            noise_floor=self.product.noise_floor,
+            norm=self.product.norm * scale,
             completeness=self.completeness,
-            bounds=error_bounds(
-                found.theta * scale,
-                found.residuals * scale,
-                next_value=following * scale,
-                noise=noise * scale,
-            ),
+            bounds=bounds.times(scale),
             cost=Cost(
                 block_calls=self.product.num_calls,
                 columns=self.product.num_columns,
                 search_columns=self.product.num_columns - self.check_columns,
                 half_columns=self.product.num_half_columns,
+                written_columns=self.product.num_written_columns,
                 seconds=time.perf_counter() - self.began,
                 peak_bytes=self.peak_bytes,
             ),
@@ -266,6 +279,17 @@ class Search:
             rtol=task.rtol,
             seed=task.seed,
         )
+
+    def _rounding(self, found: CertifiedPairs) -> float:
+        """Bound what values are off by beside the measured rounding of products.
+
+        The small eigenproblem is solved in float64 by a backward stable method: its values are those of a matrix that
+        is off by ``c n eps ‖A‖`` (LAPACK Users' Guide, 4.7.1, takes 1 for c, and 2^-53 for its eps, which is half of
+        ours: the other half is for the sums over n rows that a value is made of). Where no product was spent on it,
+        the rounding of products is what the noise floor assumes.
+        """
+        own = (self.product.rows.total + _FEW_OPERATIONS) * torch.finfo(torch.float64).eps * self.product.norm
+        return own if found.is_measured else own + self.product.floor
 
     def _next_value(self, pairs: RitzPairs, k: int) -> float:
         """Bound the first eigenvalue that is not wanted; infinite where it may be a copy of the last wanted one."""
@@ -294,7 +318,7 @@ class Search:
         if self.callback is None:
             return
         k = self.task.num_wanted
-        met = self.criterion.met(pairs.theta[:k], pairs.residuals[:k], pairs.spread)
+        met = self.criterion.met(pairs.theta[:k], pairs.residuals[:k])
         scale = self.product.scale
         self.callback(
             SolveState(

@@ -21,7 +21,7 @@ class RitzPairs:
         residuals: ``‖A x − theta x‖`` as the method knows them, without rounding of ``x`` to its dtype.
         removable: Their part outside the space. The other part is rounding of products already made, which no
             further step reduces.
-        spread: Largest absolute value of a Ritz value, an estimate of the norm of ``A``.
+        rounding: Size that ``removable`` may keep for ever: 0 where it is exact up to the rounding of its own sums.
         asymmetry: Largest difference between ``⟨u, Av⟩`` and ``⟨Au, v⟩`` in the space.
     """
 
@@ -29,8 +29,8 @@ class RitzPairs:
     coefficients: Float64[Tensor, "m j"]
     residuals: Float64[Tensor, " j"]
     removable: Float64[Tensor, " j"]
-    spread: float
     asymmetry: float
+    rounding: float = 0.0
 
 
 @dataclass(frozen=True)

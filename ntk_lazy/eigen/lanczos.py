@@ -67,6 +67,16 @@ class BlockKrylov:
         return self._num_done == self._product.rows.total
 
     @property
+    def num_multiplied(self) -> int:
+        """Columns whose images are known."""
+        return self._num_done
+
+    @property
+    def next_loss(self) -> int:
+        """Multiplied columns that the next step gives up, in a restart."""
+        return self._num_done - self._num_kept if self._must_restart else 0
+
+    @property
     def held_bytes(self) -> int:
         """Bytes of the basis."""
         return self._basis.num_bytes
@@ -95,7 +105,7 @@ class BlockKrylov:
     def step(self) -> RitzPairs:
         """Multiply the next columns, restarting first when their image would not fit."""
         width = self._num_next
-        if self._basis.size + width > self._max_basis and self._num_done > self._num_kept:
+        if self._must_restart:
             self._restart()
         done, size = self._num_done, self._basis.size
         made = orthonormalise(
@@ -132,6 +142,10 @@ class BlockKrylov:
         return combine(self._basis.block, self._H @ coefficients)
 
     @property
+    def _must_restart(self) -> bool:
+        return self._basis.size + self._num_next > self._max_basis and self._num_done > self._num_kept
+
+    @property
     def _num_kept(self) -> int:
         """Ritz vectors that survive a restart: those wanted and half of the room that two more blocks leave.
 
@@ -145,7 +159,7 @@ class BlockKrylov:
         """Project on the multiplied columns."""
         d, T, M = self._num_done, self.space().T, self._basis.gram_matrix
         theta, Y = rayleigh_ritz(T, M[:d, :d])
-        spread = float(theta.abs().max())
+        self._product.note_norm(float(theta.abs().max()))
         theta, Y = theta[:num_pairs], Y[:, :num_pairs]
         Z = self._H @ Y
         Z[:d] -= Y * theta
@@ -154,7 +168,6 @@ class BlockKrylov:
             coefficients=Y,
             residuals=(Z * (M @ Z)).sum(dim=0).clamp_min(0).sqrt(),
             removable=Z[d:].norm(dim=0),
-            spread=spread,
             asymmetry=float((T - T.mT).abs().max()),
         )
 
@@ -171,8 +184,7 @@ class BlockKrylov:
         # Columns that were injected are multiplied in any case: no pair asks for what is not known yet.
         if num_pending == 0 or self._num_due or pairs.theta.numel() < k:
             return
-        floor = self._product.noise_floor
-        allowed = Criterion(rtol=self._rtol, noise_floor=floor).tolerances(pairs.theta, pairs.spread)[:k]
+        allowed = Criterion(rtol=self._rtol, floor=self._product.floor).tolerances(pairs.theta)[:k]
         unfinished = pairs.removable[:k] > allowed
         if not bool(unfinished.any()):
             return

@@ -94,7 +94,7 @@ class LocallyOptimal:
         T, M = space.T, space.M
         asymmetry = float((T - T.mT).abs().max())
         theta, Y = rayleigh_ritz(T, M)
-        spread = float(theta.abs().max())
+        self._product.note_norm(float(theta.abs().max()))
         num_kept = min(self._width, theta.numel())
         kept = Y[:, :num_kept]
         if not self.is_exhaustive:
@@ -110,8 +110,9 @@ class LocallyOptimal:
             coefficients=kept,
             residuals=residuals,
             removable=residuals,
-            spread=spread,
             asymmetry=asymmetry,
+            # Images are rotated with the vectors, and residuals are differences of the two.
+            rounding=self._product.floor,
         )
         self._num_old = num_kept
         self._choose_residuals(self._last, defects)
@@ -155,8 +156,7 @@ class LocallyOptimal:
         """Make the next ``W`` of the residuals of columns that have not converged."""
         if R is None:
             R = self._defects(pairs.theta, pairs.coefficients)
-        criterion = Criterion(rtol=self._rtol, noise_floor=self._product.noise_floor)
-        active = ~criterion.met(pairs.theta, pairs.residuals, pairs.spread)
+        active = ~Criterion(rtol=self._rtol, floor=self._product.floor).met(pairs.theta, pairs.residuals)
         self._pending = orthonormalise(
             R[:, active.to(R.device)],
             [self._basis.block],

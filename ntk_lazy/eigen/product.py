@@ -6,14 +6,19 @@ import math
 from collections.abc import Callable
 
 import torch
+from jaxtyping import Float64
 from torch import Tensor
 
-from ntk_lazy.eigen.contract import Afresh, HalfGram, SymmetricOperator, asymmetry_tolerance
+from ntk_lazy.eigen.contract import Afresh, HalfGram, SymmetricOperator, asymmetry_tolerance, way_to_write_down
 from ntk_lazy.eigen.criterion import least_noise
-from ntk_lazy.errors import ArgumentError, NonFiniteError, ShapeError
+from ntk_lazy.errors import ArgumentError, BudgetError, NonFiniteError, ShapeError
 from ntk_lazy.linalg import column_norms
 from ntk_lazy.precision import ieee_precision
 from ntk_lazy.shapes import Block, SmallMatrix
+
+_CURE = "Check data and parameters with doctor(model, x)."
+_LARGEST = torch.finfo(torch.float64).max
+_LARGEST_EXPONENT = 511
 
 
 class Product:
@@ -31,8 +36,10 @@ class Product:
         num_calls: Block calls so far.
         num_columns: Products so far: one is the operator times one column.
         num_half_columns: Half products so far.
+        num_written_columns: Columns that the operator wrote down by itself.
         noise: Measured difference between two products of one column, relative to that product.
-        largest_norm: Largest norm of an image of a unit column so far, in units of ``scale``.
+        norm: A lower bound of ``‖A‖`` in units of ``scale``: the largest norm of an image of a unit column so far, and
+            the largest Ritz value of either sign.
     """
 
     def __init__(self, operator: SymmetricOperator, *, max_products: int) -> None:
@@ -42,10 +49,12 @@ class Product:
         self.num_calls = 0
         self.num_columns = 0
         self.num_half_columns = 0
+        self.num_written_columns = 0
         self.noise = 0.0
-        self.largest_norm = 0.0
+        self.norm = 0.0
         self._exponent: int | None = None
         self._first: tuple[Tensor, Tensor] | None = None
+        self._has_refused = False  # to be written down
 
     @property
     def scale(self) -> float:
@@ -56,6 +65,15 @@ class Product:
     def noise_floor(self) -> float:
         """Size of rounding relative to the norm of the operator: what was measured, and not less than assumed."""
         return max(least_noise(self.operator.dtype, self.rows.total), self.noise)
+
+    @property
+    def floor(self) -> float:
+        """Size of rounding in units of ``scale``: a value below it cannot be told from zero."""
+        return self.noise_floor * self.norm
+
+    def note_norm(self, norm: float) -> None:
+        """Learn how large the operator is at least, in units of ``scale``."""
+        self.norm = max(self.norm, norm)
 
     def affords(self, num_columns: int) -> bool:
         """Say whether a call of this width stays within ``max_products``."""
@@ -76,7 +94,7 @@ class Product:
         image = self._multiply(block)
         if self._exponent is None:
             image = self._choose_scale(image)
-        self.largest_norm = max(self.largest_norm, float(column_norms(image, rows=self.rows).max()))
+        self.note_norm(float(column_norms(image, rows=self.rows).max()))
         if self.num_calls == 1:
             self._first = V[:, :1].clone(), image[:, :1].clone()
         elif self._first is not None:
@@ -105,11 +123,47 @@ class Product:
             raise NonFiniteError("half_gram of the operator returned NaN or infinity.")
         return (G + G.mT) / 2
 
+    def written_down(self) -> Float64[Tensor, "n n"] | None:
+        """Return all of ``A / scale`` in float64 on the CPU, if the operator writes itself down; a copy of its own.
+
+        None where it does not, where rows lie on several processes, and where its memory does not hold that: it is not
+        asked again then.
+
+        Raises:
+            ShapeError: What it wrote down has another shape or dtype.
+            NonFiniteError: There is a NaN or an infinity in it.
+        """
+        n, to_dense = self.rows.total, way_to_write_down(self.operator)
+        if to_dense is None or self._has_refused or self.rows.local != n:
+            return None
+        try:
+            with ieee_precision():
+                written = to_dense()
+        except BudgetError:
+            self._has_refused = True
+            return None
+        if written.shape != (n, n) or written.dtype != self.operator.dtype:
+            raise ShapeError(
+                f"to_dense returned {tuple(written.shape)}, {written.dtype}; {(n, n)}, {self.operator.dtype} is needed."
+            )
+        self.num_written_columns += n
+        K = written.detach().to("cpu", torch.float64, copy=True)
+        if not bool(torch.isfinite(K).all()):
+            raise NonFiniteError(f"to_dense returned NaN or infinity. {_CURE}")
+        if self._exponent is None:
+            K = self._choose_scale(K)
+        else:
+            half = math.ldexp(1.0, -self._exponent)
+            K *= half
+            K *= half
+        self.note_norm(float(column_norms(K, rows=self.rows).max()))
+        return K
+
     def check_symmetry(self, defect: float) -> None:
         """Refuse an operator for which ``⟨u, Av⟩`` and ``⟨Au, v⟩`` differ by this much, in units of scale."""
-        if defect > asymmetry_tolerance(self.operator.dtype) * self.largest_norm:
+        if defect > asymmetry_tolerance(self.operator.dtype) * self.norm:
             raise ArgumentError(
-                f"the operator is not symmetric: <u, Av> and <Au, v> differ by {defect / self.largest_norm:.1e} of "
+                f"the operator is not symmetric: <u, Av> and <Au, v> differ by {defect / self.norm:.1e} of "
                 f"its norm after {self.num_calls} block calls. Only symmetric operators have the eigenpairs that "
                 "eigsh looks for; an operator that changes between calls (dropout) looks like this too."
             )
@@ -133,7 +187,7 @@ class Product:
         if int(num_bad):
             raise NonFiniteError(
                 f"the operator returned {int(num_bad)} entries that are NaN or infinite at block call "
-                f"{self.num_calls}. Check data and parameters with doctor(model, x)."
+                f"{self.num_calls}. {_CURE}"
             )
         return image * factor
 
@@ -142,7 +196,8 @@ class Product:
         norm = float(column_norms(image, rows=self.rows).max())
         if norm == 0.0:
             return image
-        self._exponent = round(math.log2(norm) / 2)
+        # From a norm of 2^1023 on the scale itself would overflow.
+        self._exponent = min(round(math.log2(min(norm, _LARGEST)) / 2), _LARGEST_EXPONENT)
         half = math.ldexp(1.0, -self._exponent)
         return image * half * half
 
@@ -152,9 +207,10 @@ class Product:
         before = self._first[1]
         size = float(column_norms(before, rows=self.rows)[0])
         defect = float(column_norms(image - before, rows=self.rows)[0])
-        if defect > asymmetry_tolerance(image.dtype) * max(size, self.largest_norm):
+        largest = max(size, self.norm)
+        if defect > asymmetry_tolerance(image.dtype) * largest:
             raise ArgumentError(
-                f"the operator is not deterministic: two products of one column differ by {defect / size:.1e}. Put the "
-                "model in eval mode, or fix its random state."
+                f"the operator is not deterministic: two products of one column differ by "
+                f"{defect / largest:.1e} of its norm. Put the model in eval mode, or fix its random state."
             )
         self.noise = defect / size if size > 0 else 0.0

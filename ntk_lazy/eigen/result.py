@@ -32,6 +32,7 @@ class Cost:
         half_columns: Half products ``Jᵀ x``, which are not among ``columns``.
         seconds: Wall time.
         peak_bytes: Most bytes of long vectors that the solver held, beside the operator's own.
+        written_columns: Columns of the matrix that the operator wrote down by itself, which are not among ``columns``.
     """
 
     block_calls: int
@@ -40,6 +41,7 @@ class Cost:
     half_columns: int
     seconds: float
     peak_bytes: int
+    written_columns: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,12 +79,15 @@ class EigenResult:
             and therefore cannot be told from zero, ``residual_norms <= noise_floor · ‖A‖``.
         status: ``"converged"``; ``"max_products"``, cut short; or ``"noise_floor"``: the rounding of the
             products keeps some residuals above ``rtol``, and no further product will help.
-        noise_floor: Size of values that are only rounding, relative to the norm: measured, and at least
+        noise_floor: Size of values that are only rounding, relative to ``norm``: measured, and at least
             eight times the machine precision.
+        norm: ``‖A‖``, the largest absolute eigenvalue, from below: the largest that a product or a Ritz value of
+            either sign has shown. It is above the first value where negative eigenvalues are larger.
         completeness: What is known about values that were missed.
         bounds: How far values and vectors may be off.
         cost: What was spent.
-        method: The solver with every derived option filled in; passing them repeats the solve.
+        method: The solver with every derived option filled in; passing them repeats the solve. "Dense(...) after
+            Lanczos(...)" is what ``"auto"`` does with a spectrum that no search is worth.
         rtol: The tolerance.
         seed: The seed.
     """
@@ -93,6 +98,7 @@ class EigenResult:
     converged: Bool[Tensor, " k"]
     status: Status
     noise_floor: float
+    norm: float
     completeness: Completeness
     bounds: ErrorBounds
     cost: Cost
@@ -102,10 +108,8 @@ class EigenResult:
 
     @property
     def is_below_noise(self) -> Bool[Tensor, " k"]:
-        """Which values cannot be told from zero in this arithmetic."""
-        if self.values.numel() == 0:
-            return torch.zeros(0, dtype=torch.bool)
-        return self.values.abs() <= self.noise_floor * self.values.abs().max()
+        """Which values cannot be told from zero in this arithmetic: they are below ``noise_floor · norm``."""
+        return self.values.abs() <= self.noise_floor * self.norm
 
     def __str__(self) -> str:
         k = self.values.numel()
@@ -118,10 +122,10 @@ class EigenResult:
             f"{k} eigenpairs of {self.vectors.shape[0]} rows, {self.status}: {int(self.converged.sum())} within "
             f"rtol {self.rtol:.0e}",
             f"  values       {float(self.values[0]):.6e} .. {float(self.values[-1]):.6e}",
-            f"  residuals    at most {worst:.1e} of the value; noise floor {self.noise_floor:.1e} of the largest",
+            f"  residuals    at most {worst:.1e} of the value; noise floor {self.noise_floor:.1e} of the norm",
             f"  completeness {self._completeness_in_words()}",
-            f"  cost         {self.cost.columns} products in {self.cost.block_calls} block calls, "
-            f"{self.cost.seconds:.2f} s, {self.cost.peak_bytes / 2**20:.1f} MiB, {self.method}",
+            f"  cost         {self._written_in_words()}{self.cost.columns} products in {self.cost.block_calls} "
+            f"block calls, {self.cost.seconds:.2f} s, {self.cost.peak_bytes / 2**20:.1f} MiB, {self.method}",
         ]
         num_noise = int((~above).sum())
         if num_noise:
@@ -148,6 +152,7 @@ class EigenResult:
         about = {
             "status": self.status,
             "noise_floor": self.noise_floor,
+            "norm": self.norm,
             "completeness": asdict(self.completeness),
             "bounds": {"space_angle": self.bounds.space_angle, "residual_norm": self.bounds.residual_norm},
             "cost": asdict(self.cost),
@@ -185,6 +190,8 @@ class EigenResult:
         except SafetensorError as error:
             raise ArgumentError(f"{path} is truncated or not a safetensors file: {error}") from error
         about = json.loads(metadata["about"])
+        # Files of earlier versions do not have it; then it was taken to be the largest value.
+        about.setdefault("norm", float(tensors["values"].abs().max()) if tensors["values"].numel() else 0.0)
         bounds = ErrorBounds(value=tensors["bounds.value"], angle=tensors["bounds.angle"], **about.pop("bounds"))
         return cls(
             values=tensors["values"],
@@ -196,6 +203,10 @@ class EigenResult:
             cost=Cost(**about.pop("cost")),
             **about,
         )
+
+    def _written_in_words(self) -> str:
+        """Say whether the operator wrote the matrix down."""
+        return f"{self.cost.written_columns} columns written down, " if self.cost.written_columns else ""
 
     def _completeness_in_words(self) -> str:
         """Say in one line what is known about missed values."""

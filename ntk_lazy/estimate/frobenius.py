@@ -17,9 +17,9 @@ from torch import Tensor
 from ntk_lazy.columns import Eigenpairs, check_pairs
 from ntk_lazy.errors import ArgumentError, ShapeError
 from ntk_lazy.estimate.result import Estimate, error_of_mean
-from ntk_lazy.linalg import column_norms, combine, orthonormalise, project_out_
+from ntk_lazy.linalg import column_norms, combine, gram, orthonormalise, project_out_
 from ntk_lazy.precision import ieee_precision
-from ntk_lazy.products import Operator, multiply, rows_of
+from ntk_lazy.products import Operator, in_units, multiply, rows_of
 from ntk_lazy.rows import Rows
 from ntk_lazy.shapes import Block
 
@@ -54,14 +54,25 @@ class ProductSamples:
     """Inner products ``⟨A_a, A_b⟩_F``, split into a part that is exact and one estimate of the rest for each sample.
 
     Attributes:
+        units: In these the operators are measured: powers of two, 1 where squares of entries neither overflow nor
+            vanish.
         exact: Shape ``(operators, operators)``.
-        samples: Shape ``(samples, operators, operators)``; empty where nothing had to be sampled.
+        products: Shape ``(samples, samples, operators, operators)``, ``⟨A_a ω_i, A_b ω_j⟩``: the estimates where
+            ``i = j``; empty where nothing had to be sampled.
+        overlaps: Shape ``(samples, samples)``, ``⟨ω_i, ω_j⟩``.
         num_products: Products spent on all operators together.
     """
 
+    units: tuple[float, ...]
     exact: Float64[Tensor, "a a"]
-    samples: Float64[Tensor, "m a a"]
+    products: Float64[Tensor, "m m a a"]
+    overlaps: Float64[Tensor, "m m"]
     num_products: int
+
+    @property
+    def samples(self) -> Float64[Tensor, "m a a"]:
+        """One estimate of the rest for each sample."""
+        return self.products.diagonal(dim1=0, dim2=1).movedim(-1, 0)
 
 
 @ieee_precision()
@@ -98,25 +109,28 @@ def frobenius_norm(
     """
     if pairs is None:
         sampled = sample_products([A], deflation=Deflation(num_leading=num_leading, num_samples=num_samples), seed=seed)
-        exact, samples = sampled.exact[0, 0], sampled.samples[:, 0, 0]
+        exact, unit = sampled.exact[0, 0], sampled.units[0]
+        products, overlaps = sampled.products[..., 0, 0], sampled.overlaps
         num_products = sampled.num_products
     else:
         deflation = Deflation(num_leading=0, num_samples=num_samples)
         rows = rows_of(A)
         check_pairs(pairs)
         V = _leading([pairs], None, rows, A)
-        # λ_i is the Rayleigh quotient of v_i, so that r_i is orthogonal to v_i and ‖A v_i‖² = λ_i² + ‖r_i‖².
-        exact = (pairs.values.double().square() + pairs.residual_norms.double().square()).sum().cpu()
         W = _samples_beside(V, rows, deflation.num_samples, seed)
-        samples = column_norms(multiply(A, W), rows=rows).square() if W.shape[1] else exact[None][:0]
+        image = multiply(A, W) if W.shape[1] else W
+        (values, residuals, image), unit = in_units([pairs.values, pairs.residual_norms, image], rows)
+        # λ_i is the Rayleigh quotient of v_i, so that r_i is orthogonal to v_i and ‖A v_i‖² = λ_i² + ‖r_i‖².
+        exact = (values.double().square() + residuals.double().square()).sum().cpu()
+        products, overlaps = gram(image, rows=rows), gram(W, rows=rows)
         num_products = W.shape[1]
-    if len(samples) == 0:
-        return Estimate(value=exact.sqrt().item(), standard_error=0.0, num_products=num_products)
-    value = (exact + samples.mean()).sqrt().item()
+    if len(products) == 0:
+        return Estimate(value=exact.sqrt().item() * unit, standard_error=0.0, num_products=num_products)
+    value = (exact + products.diagonal().mean()).sqrt().item()
     if value == 0:
         return Estimate(value=0.0, standard_error=0.0, num_products=num_products)
-    error = max(error_of_mean(samples) / (2 * value), _ROUNDING * torch.finfo(A.dtype).eps * value)
-    return Estimate(value=value, standard_error=error, num_products=num_products)
+    error = max(error_of_mean(products, overlaps) / (2 * value), _ROUNDING * torch.finfo(A.dtype).eps * value)
+    return Estimate(value=value * unit, standard_error=error * unit, num_products=num_products)
 
 
 @ieee_precision()
@@ -157,16 +171,22 @@ def sample_products(
         U = _leading(pairs, known, rows, first, limit=deflation.num_leading)
         W = _samples_beside(U, rows, deflation.num_samples, seed)
     together = torch.cat([U, W], dim=1)
-    images = [multiply(A, together).to(first.device) for A in operators]
+    measured = [in_units([multiply(A, together).to(first.device)], rows) for A in operators]
+    images, units = [image for (image,), _ in measured], tuple(unit for _, unit in measured)
     count = U.shape[1]
     exact = torch.zeros(len(operators), len(operators), dtype=torch.float64)
-    samples = torch.zeros(W.shape[1], len(operators), len(operators), dtype=torch.float64)
+    products = torch.zeros(W.shape[1], W.shape[1], len(operators), len(operators), dtype=torch.float64)
     for a, left in enumerate(images):
         for b, right in enumerate(images):
-            products = _column_products(left, right, rows)
-            exact[a, b] = products[:count].sum()
-            samples[:, a, b] = products[count:]
-    return ProductSamples(exact=exact, samples=samples, num_products=len(operators) * (together.shape[1] + sketch))
+            exact[a, b] = _inner_product(left[:, :count], right[:, :count], rows)
+            products[:, :, a, b] = gram(left[:, count:], right[:, count:], rows=rows)
+    return ProductSamples(
+        units=units,
+        exact=exact,
+        products=products,
+        overlaps=gram(W, rows=rows),
+        num_products=len(operators) * (together.shape[1] + sketch),
+    )
 
 
 def _check_each(pairs: Any, num_operators: int) -> None:
@@ -179,7 +199,7 @@ def _check_each(pairs: Any, num_operators: int) -> None:
 def _sketches(operators: Sequence[Operator], rows: Rows, width: int, seed: int) -> list[Tensor]:
     first = operators[0]
     Omega = rows.random_block(width, seed=seed, dtype=first.dtype, device=first.device)
-    return [multiply(A, Omega).to(first.device) for A in operators] if width else []
+    return [in_units([multiply(A, Omega).to(first.device)], rows)[0][0] for A in operators] if width else []
 
 
 def _leading(
@@ -215,9 +235,9 @@ def _samples_beside(U: Block, rows: Rows, num_samples: int, seed: int) -> Float[
     return combine(W, torch.diag(room**0.5 / column_norms(W, rows=rows)))
 
 
-def _column_products(left: Block, right: Block, rows: Rows) -> Tensor:
-    """Return the inner product of each column of one block with its counterpart, in float64 on the CPU."""
-    total = torch.zeros(left.shape[1], dtype=torch.float64, device=left.device)
+def _inner_product(left: Block, right: Block, rows: Rows) -> Tensor:
+    """Return the sum of the products of all entries with their counterparts, in float64 on the CPU."""
+    total = torch.zeros((), dtype=torch.float64, device=left.device)
     for a, b in zip(left.split(65_536), right.split(65_536), strict=True):
-        total += (a.double() * b.double()).sum(0)
+        total += (a.double() * b.double()).sum()
     return rows.sum(total).cpu()

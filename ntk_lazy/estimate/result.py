@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
+_LARGEST_SKEW = 8**0.5  # of a quadratic form in normal numbers: that of one direction
+
 
 @final
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +20,8 @@ class Estimate:
     Attributes:
         value: The estimate.
         standard_error: One standard deviation of the sampling, itself estimated from the samples, rather too large
-            than too small; 0 where nothing was sampled. Two of them make a bar.
+            than too small; 0 where nothing was sampled. Two of them make a bar that covers at least 93 of 100: it is
+            widened for few samples and for skewed ones.
         num_products: Products of an operator with one column that it took.
     """
 
@@ -40,10 +43,39 @@ class Estimate:
         return self.standard_error / abs(self.value) if self.standard_error else 0.0
 
 
-def error_of_mean(samples: Float64[Tensor, " m"]) -> float:
-    """Return the standard error of a mean of at least 4 samples, widened for their number as Student's t is."""
-    m = len(samples)
-    return float(samples.std()) / (m * (m - 3) / (m - 1)) ** 0.5
+def error_of_mean(products: Float64[Tensor, "m m"], overlaps: Float64[Tensor, "m m"]) -> float:
+    """Return the standard error of the mean of at least 4 quadratic forms, widened for their number and their skew.
+
+    Args:
+        products: ``ω_iᵀ C ω_j``; the forms are on its diagonal.
+        overlaps: ``ω_iᵀ ω_j``.
+    """
+    m = len(products)
+    return float(products.diagonal().std()) / (m * (m - 3) / (m - 1)) ** 0.5 * skew_widening(products, overlaps)
+
+
+def skew_widening(products: Float64[Tensor, "m m"], overlaps: Float64[Tensor, "m m"]) -> float:
+    """Say by how much an error of a mean of quadratic forms must be widened for them being skewed: ``1 + |γ|/√m``.
+
+    A form in which one direction counts is a χ² of one degree: where a mean of few comes out low their spread does so
+    too, and the bar is short on the side where the truth lies. Its upper end moves by ``(2 z² + 1) γ / (6 √m)``
+    standard errors, 0.75 of what is added here for ``z = 2``; the rest is for terms of higher order, which count with
+    16 samples.
+
+    The third moment of 16 numbers says next to nothing. But products of different samples have
+    ``E (ω_iᵀ C ω_j)² = tr C²`` and a like one of three in a circle is ``tr C³``: 120 pairs and 560 triples. For samples
+    of one length, C counts without its mean eigenvalue, which adds the same to each.
+
+    Source: Hall, On the removal of skewness by transformation (J. R. Stat. Soc. B 54, 1992), equation 2.
+    """
+    m = len(products)
+    centred = products - products.trace() / overlaps.trace() * overlaps
+    centred = centred - torch.diag(centred.diagonal())
+    square = float(centred.square().sum()) / (m * (m - 1))
+    cube = float((centred @ centred * centred).sum()) / (m * (m - 1) * (m - 2))
+    if not square > 0:
+        return 1.0
+    return 1 + min(8 * abs(cube) / (2 * square) ** 1.5, _LARGEST_SKEW) / m**0.5
 
 
 def jackknife_error(without_one: Float64[Tensor, " m"]) -> float:

@@ -12,7 +12,7 @@ from ntk_lazy.errors import ArgumentError
 from ntk_lazy.estimate.result import Estimate
 from ntk_lazy.linalg import gram
 from ntk_lazy.precision import ieee_precision
-from ntk_lazy.products import Operator, diagonal_of, multiply, rows_of
+from ntk_lazy.products import Operator, diagonal_of, in_units, multiply, rows_of
 from ntk_lazy.rows import Rows
 
 # In units of the dtype's rounding: lifts what rounding makes of zero eigenvalues above zero.
@@ -66,13 +66,14 @@ def trace(
     if num_samples >= rows.total:
         return _trace_of_all_columns(A, rows)
     Omega = rows.random_block(num_samples, seed=seed, dtype=A.dtype, device=A.device)
-    Y = multiply(A, Omega)
+    (Y,), unit = in_units([multiply(A, Omega)], rows)
     F, H, G = gram(Omega, rows=rows), gram(Omega, Y, rows=rows), gram(Y, rows=rows)
     scale = (G.trace() / F.trace()).sqrt()
     if scale == 0:
         return Estimate(value=0.0, standard_error=0.0, num_products=num_samples)
     value, error = _nystrom(F, H / scale, G / scale**2, rows.total, A.dtype)
-    return Estimate(value=value * scale.item(), standard_error=error * scale.item(), num_products=num_samples)
+    size = scale.item() * unit
+    return Estimate(value=value * size, standard_error=error * size, num_products=num_samples)
 
 
 def _trace_of_all_columns(A: Operator, rows: Rows) -> Estimate:

@@ -22,6 +22,8 @@ TILE_BYTES = 1 << 24
 # for each of them: a tile has some rows in any case.
 _CACHED_BYTES = 1 << 21
 _LEAST_ROWS = 1024
+# A smaller sum of squares may have lost some of them, below 2.2e-308.
+_SMALLEST_SQUARE = 1e-280
 
 
 def row_tiles(num_rows: int, num_columns: int, *, device: torch.device) -> Iterator[slice]:
@@ -54,11 +56,22 @@ def gram(X: Float[Tensor, "n a"], Y: Float[Tensor, "n b"] | None = None, *, rows
 
 
 def column_norms(X: Float[Tensor, "n k"], *, rows: Rows) -> Float64[Tensor, " k"]:
-    """Measure every column in float64, on the CPU; squares of float32 numbers cannot overflow there."""
+    """Measure every column in float64, on the CPU, whatever its size: squares that overflow or vanish are scaled."""
+    squares = _summed_squares(X, rows)
+    # Squares of float32 numbers do neither in float64.
+    if X.dtype is not torch.float64 or bool(((squares > _SMALLEST_SQUARE) & (squares < torch.inf)).all()):
+        return squares.sqrt()
+    # Added up over processes, the largest entries are no smaller than the largest of all, and hardly larger.
+    largest = rows.sum(X.abs().amax(dim=0) if X.shape[0] else X.new_zeros(X.shape[1]))
+    largest = torch.where(largest > 0, largest, 1).clamp_max(torch.finfo(torch.float64).max)
+    return _summed_squares(X / largest, rows).sqrt() * largest.cpu()
+
+
+def _summed_squares(X: Float[Tensor, "n k"], rows: Rows) -> Float64[Tensor, " k"]:
     total = torch.zeros(X.shape[1], dtype=torch.float64, device=X.device)
     for tile in row_tiles(X.shape[0], X.shape[1], device=X.device):
         total += X[tile].double().square().sum(dim=0)
-    return rows.sum(total).sqrt().cpu()
+    return rows.sum(total).cpu()
 
 
 def combine(X: Float[Tensor, "n a"], S: Float64[Tensor, "a b"]) -> Float[Tensor, "n b"]:

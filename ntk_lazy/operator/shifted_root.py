@@ -10,6 +10,8 @@ from linear_operator.operators import AddedDiagLinearOperator, DiagLinearOperato
 from torch import Tensor
 from typing_extensions import override
 
+from ntk_lazy.operator.differentiation import differentiable_once
+
 
 def shifted_root(L: Float[Tensor, "*batch n k"], diagonal: Float[Tensor, "*batch n"]) -> LinearOperator:
     """Return R of n rows and columns with ``R Rᵀ = L Lᵀ + D``, as a diagonal and a product of thin factors.

@@ -6,6 +6,7 @@ import json
 import struct
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from eigen_cases import Spectrum, Spy, hard_spectra, spectrum
@@ -28,7 +29,7 @@ def test_a_saved_result_comes_back_whole(dtype: torch.dtype, tmp_path: Path) -> 
     assert torch.equal(pairs.bounds.angle, back.bounds.angle)
     assert torch.equal(pairs.bounds.value, back.bounds.value)
     assert pairs.bounds.space_angle == back.bounds.space_angle
-    for name in ("status", "noise_floor", "completeness", "cost", "method", "rtol", "seed"):
+    for name in ("status", "noise_floor", "norm", "completeness", "cost", "method", "rtol", "seed"):
         assert getattr(pairs, name) == getattr(back, name)
     assert str(pairs) == str(back)
     assert [path.name for path in tmp_path.iterdir()] == ["pairs.safetensors"]
@@ -120,6 +121,17 @@ def cluster_radius(pairs: EigenResult, i: int) -> float:
         members |= more
     reach = max(abs(float(pairs.values[j] - pairs.values[i])) for j in members)
     return reach + pairs.bounds.residual_norm
+
+
+@pytest.mark.parametrize("solver", [Lanczos(), LOBPCG(), Dense()], ids=repr)
+@pytest.mark.parametrize("spectrum", hard_spectra(N), ids=str)
+def test_bounds_hold_to_rounding_where_residuals_are_rounding(spectrum: Spectrum, solver: Solver) -> None:
+    B = spectrum.matrix()
+    pairs = eigsh(Spy(B), K, solver=solver, rtol=1e-9, on_unconverged="return")
+    exact = torch.tensor(sorted(np.linalg.eigvalsh(B.numpy()), reverse=True)[:K], dtype=torch.float64)
+    assert bool(((pairs.values - exact).abs() <= pairs.bounds.value).all())
+    if pairs.status == "converged":
+        assert float(pairs.bounds.value.max()) <= 1e-9 * pairs.norm
 
 
 def test_a_gap_sharpens_the_bound_of_a_value() -> None:

@@ -206,11 +206,29 @@ def test_auto_picks_the_cheaper_method(n: int, k: int, expected: str) -> None:
     assert eigsh(B, k).method.startswith(expected)
 
 
+@pytest.mark.parametrize(("dtype", "exponent"), [(torch.float32, 20), (torch.float64, 20), (torch.float64, 498)])
 @pytest.mark.parametrize("solver", SOLVERS, ids=repr)
-def test_values_scale_with_the_operator(solver: Solver) -> None:
-    pairs = eigsh(A, K, solver=solver)
-    scaled = eigsh(A * 2.0**60, K, solver=solver)
-    assert torch.equal(scaled.values, pairs.values * 2.0**60)
+def test_a_result_scales_with_the_operator_to_the_bit(solver: Solver, dtype: torch.dtype, exponent: int) -> None:
+    pairs = eigsh(A.to(dtype), K, solver=solver)
+    for sign in (-1, 1):
+        factor = 4.0 ** (sign * exponent)
+        scaled = eigsh(A.to(dtype) * factor, K, solver=solver)
+        assert torch.equal(scaled.vectors, pairs.vectors)
+        assert torch.equal(scaled.values, pairs.values * factor)
+        assert torch.equal(scaled.residual_norms, pairs.residual_norms * factor)
+        assert torch.equal(scaled.bounds.value, pairs.bounds.value * factor)
+        assert scaled.norm == pairs.norm * factor
+        assert scaled.bounds.residual_norm == pairs.bounds.residual_norm * factor
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-12, 1e12, 1e300])
+@pytest.mark.parametrize("solver", [Lanczos(block_size="timed"), LOBPCG(), Dense()], ids=repr)
+def test_values_are_right_at_any_scale_that_float64_holds(solver: Solver, scale: float) -> None:
+    found = eigsh(Spy(A * scale), K, solver=solver)
+    exact = torch.linalg.eigvalsh(A).flip(0)[:K]
+    assert found.status == "converged"
+    assert torch.allclose(found.values / scale, exact, rtol=1e-6)
+    assert bool(((found.values / scale - exact).abs() <= found.bounds.value / scale).all())
 
 
 @pytest.mark.parametrize("num_processes", [2, 3])

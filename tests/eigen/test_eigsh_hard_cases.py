@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from check_solution import check_solution
-from eigen_cases import Spectrum, Spy, hard_spectra, named_matrices, spectrum
+from eigen_cases import Spectrum, Spy, haar, hard_spectra, named_matrices, spectrum
 
 from ntk_lazy.eigen import LOBPCG, Dense, Lanczos, Solver, eigsh
 from ntk_lazy.errors import NotConvergedError
@@ -112,6 +112,41 @@ def test_null_vectors_are_named_as_such(dtype: torch.dtype) -> None:
     pairs = eigsh(A, K, solver=Lanczos())
     assert pairs.is_below_noise.tolist() == [False] * 5 + [True] * 5
     assert "cannot be told from zero" in str(pairs)
+
+
+def dominated_from_below() -> dict[str, torch.Tensor]:
+    """Matrices whose negative eigenvalues are the large ones."""
+    v = haar(N)[:, :1]
+    ends = torch.ones(N, dtype=torch.float64)
+    ends[0] = ends[-1] = 0
+    path = torch.diag(1 + ends) - sum(torch.diag(torch.ones(N - 1, dtype=torch.float64), i) for i in (-1, 1))
+    return {
+        "one huge negative value": spectrum("huge", lambda i: -1e10 if i == 1 else float(i), N).matrix(),
+        "minus a projection": -(v @ v.mT + (v @ v.mT).mT) / 2,
+        "minus the Laplacian of a path": -path,
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("solver", ["auto", *SOLVERS], ids=repr)
+@pytest.mark.parametrize("name", dominated_from_below())
+def test_values_within_rounding_of_the_norm_are_named_where_that_is_of_a_negative_value(
+    name: str, solver: Solver, dtype: torch.dtype
+) -> None:
+    A = dominated_from_below()[name].to(dtype)
+    exact = torch.linalg.eigvalsh(A.double()).flip(0)
+    norm = float(exact.abs().max())
+    pairs = eigsh(Spy(A), 3, solver=solver, rtol=1e-2, on_unconverged="return")
+    assert norm / 1.1 <= pairs.norm <= norm * (1 + 1e-6)
+    floor = pairs.noise_floor * norm
+    assert bool((pairs.is_below_noise == (pairs.values.abs() <= pairs.noise_floor * pairs.norm)).all())
+    assert bool(pairs.is_below_noise[exact[:3].abs() < floor / 10].all())
+    errors = (pairs.values - exact[:3]).abs()
+    assert bool((errors <= pairs.bounds.value).all())
+    found = pairs.converged & ~pairs.is_below_noise
+    assert bool((errors <= 1e-2 * exact[:3].abs())[found].all())
+    if pairs.status == "converged":
+        assert bool((errors <= floor)[pairs.is_below_noise].all())
 
 
 def test_a_repeated_eigenvalue_is_complete_whatever_the_block_and_only_thanks_to_the_probe() -> None:
