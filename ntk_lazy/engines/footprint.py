@@ -1,66 +1,17 @@
-"""How many bytes a computation holds, as a function of how many examples and columns go through it at once.
-
-Activations, tangents and temporaries live and die inside autograd and cannot be read off a module. They are counted
-where they are made: every operator call reports its results, and the death of a storage is seen as it happens.
-"""
+"""How many bytes a computation holds, as a function of how many examples and columns go through it at once."""
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Self, final
+from typing import Self, final
 
 import numpy as np
-import torch
 from jaxtyping import Float64
-from torch import Tensor
-from torch.utils._pytree import tree_leaves
-from typing_extensions import override
 
-from ntk_lazy.engines.watch import Watch
+from ntk_lazy.engines.live_bytes import LiveBytes
 
 _POINTS = ((2, 2), (4, 2), (2, 4), (4, 4))
-
-
-@final
-class _LiveBytes(Watch):
-    """Record the bytes of all living results after each operator call.
-
-    Convolutions bring their operands and their result into a blocked layout of their own while they run: they count
-    once more.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.trace: list[int] = []
-        self._living: dict[int, weakref.ref[Any]] = {}
-        self._total = 0
-
-    @override
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self._admit(leaf.untyped_storage())
-        workspace = 0
-        if "convolution" in str(func):
-            workspace = sum(t.nbytes for t in tree_leaves((args, kwargs, result)) if isinstance(t, Tensor))
-        self.trace.append(self._total + workspace)
-        return result
-
-    def _admit(self, storage: torch.UntypedStorage) -> None:
-        key = id(storage)
-        if key in self._living:
-            return
-        size = storage.nbytes()
-
-        def forget(_: Any, key: int = key, size: int = size) -> None:
-            del self._living[key]
-            self._total -= size
-
-        self._living[key] = weakref.ref(storage, forget)
-        self._total += size
 
 
 @final
@@ -98,7 +49,7 @@ class Footprint:
         """
         traces = []
         for examples, columns in _POINTS:
-            with _LiveBytes() as live:
+            with LiveBytes() as live:
                 run(examples, columns)
             traces.append(live.trace)
         if len({len(trace) for trace in traces}) != 1:

@@ -27,6 +27,7 @@ from ntk_lazy.engines.linearisation import (
     linearisation,
     refuse_inference_mode,
 )
+from ntk_lazy.engines.live_bytes import LiveBytes
 from ntk_lazy.engines.rates import seconds
 from ntk_lazy.engines.rounding import largest, noise
 from ntk_lazy.engines.suspects import TRANSFORM_ERRORS, Call, named
@@ -102,23 +103,17 @@ def _measure_activations(model: FunctionalModel, x: Tensor) -> int:
     """Count the bytes that a forward pass keeps for the backward pass, by example; each storage once."""
     leaves = {name: p.detach().requires_grad_() for name, p in model.params.items()}
     model = replace(model, constants={name: t.detach() for name, t in model.constants.items()})
-    owned = {t.untyped_storage().data_ptr() for t in (*leaves.values(), *model.constants.values(), x)}
-    kept: dict[int, Tensor] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        address = tensor.untyped_storage().data_ptr()
-        if address not in owned:
-            kept[address] = tensor  # which also keeps the address from being used again
-        return tensor
-
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.enable_grad(), LiveBytes((*leaves.values(), *model.constants.values(), x)) as live:
         output = model(leaves, x)
     if not output.requires_grad:
         raise UnsupportedModuleError(
             "no parameter that was chosen reaches the output: it is detached, computed under no_grad, or does not use "
             "them. The kernel would be zero. Choose others with params=, or return the output with its graph."
         )
-    return -(-sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) // x.shape[0])
+    graph = output.grad_fn
+    del output  # which is saved only if an operation saved it
+    assert graph is not None
+    return -(-live.total // x.shape[0])
 
 
 def _refuse_known(forward: ForwardPass) -> None:
