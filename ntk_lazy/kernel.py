@@ -27,6 +27,7 @@ from ntk_lazy.model import (
     generators_kept,
 )
 from ntk_lazy.operator import NTKLinearOperator, Side
+from ntk_lazy.out_of_memory import out_of_memory_named, refuse_out_of_memory
 from ntk_lazy.outputs import OutputLayout, OutputMode, as_output_mode
 from ntk_lazy.plan import EngineName, EngineSettings
 from ntk_lazy.precision import ieee_precision
@@ -36,6 +37,7 @@ _PREFLIGHT_EXAMPLES = 4
 _CONVERSIONS = {torch.float32: "model.float()", torch.float64: "model.double()"}
 
 
+@out_of_memory_named()
 def ntk(  # noqa: PLR0913  (the front door: each option is one word)
     model: nn.Module | ParameterFunction | FunctionalModel,
     x1: Tensor | np.ndarray | Probes,
@@ -88,6 +90,7 @@ def ntk(  # noqa: PLR0913  (the front door: each option is one word)
         ShapeError: Inputs or outputs whose first dimension is not the examples, inputs on another device, or of a dtype
             that the model cannot take.
         ArgumentError: No such parameter, output, engine, budget or scratch folder.
+        BudgetError: The machine ran out of memory.
 
     Source: Jacot, Gabriel, Hongler, Neural Tangent Kernel (2018); row order and modes as in
         Kopitkov and Indelman, arXiv 1910.08720, and Mohamadi et al., arXiv 2206.12543.
@@ -148,9 +151,8 @@ def _dtypes_named(model: FunctionalModel, x: Tensor) -> Iterator[None]:
     """Say so where a model fails on inputs for no other reason than their dtype, which torch words in many ways."""
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as error:
+        refuse_out_of_memory(error)
         wanted = model.dtype
         differs = x.is_floating_point() and as_ieee(x).dtype != wanted
         if not differs or _runs(model, x) or not _runs(model, x.to(wanted)):
@@ -170,7 +172,8 @@ def _runs(model: FunctionalModel, x: Tensor) -> bool:
             ForwardPass.run(model, x)
     except NTKLazyError:
         return True  # it got through, and what came out has a fault of its own
-    except TRANSFORM_ERRORS:
+    except TRANSFORM_ERRORS as error:
+        refuse_out_of_memory(error)
         return False
     return True
 

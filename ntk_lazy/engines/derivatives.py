@@ -32,6 +32,7 @@ from ntk_lazy.engines.rounding import Rounding, largest, noise
 from ntk_lazy.engines.suspects import TRANSFORM_ERRORS, named
 from ntk_lazy.errors import UnsupportedModuleError
 from ntk_lazy.model import FunctionalModel, generators_kept
+from ntk_lazy.out_of_memory import refuse_out_of_memory
 from ntk_lazy.precision import differentiable_attention, ieee_precision
 
 
@@ -119,9 +120,8 @@ def _disagreement(way: Linearisation, U: Tensor, W: Tangents, reference: Tangent
     """Say how a way of multiplying fails: by an exception, in Jᵀ, or in ⟨J w, u⟩ = ⟨w, Jᵀ u⟩; "" where it works."""
     try:
         pulled, pushed = way.pull(U), way.push(W)
-    except torch.OutOfMemoryError:
-        raise
     except TRANSFORM_ERRORS as error:
+        refuse_out_of_memory(error)
         return suspects.first_line(error)
     scale = largest(*reference.values())
     if any(rounding.separates(pulled[name], g, scale=scale) for name, g in reference.items()):
@@ -138,9 +138,8 @@ def _vectorises(model: FunctionalModel, forward: ForwardPass, caught: list[warni
     cotangents = noise((2, forward.output.shape[1]), like=forward.output, seed=1)
     try:
         stacked = example_gradients(model, x, cotangents)
-    except torch.OutOfMemoryError:
-        raise
-    except TRANSFORM_ERRORS:
+    except TRANSFORM_ERRORS as error:
+        refuse_out_of_memory(error)
         return False
     if any("batching rule" in str(warning.message) for warning in caught[num_warnings:]):
         return False  # torch would loop over the examples, and say so at every call

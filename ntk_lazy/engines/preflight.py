@@ -33,6 +33,7 @@ from ntk_lazy.engines.rounding import largest, noise
 from ntk_lazy.engines.suspects import TRANSFORM_ERRORS, Call, named
 from ntk_lazy.errors import NonFiniteError, UnsupportedModuleError
 from ntk_lazy.model import FunctionalModel
+from ntk_lazy.out_of_memory import refuse_out_of_memory
 
 _PROBES = 3
 _TIMED_BYTES, _TIMED_EXAMPLES, _TIMED_COLUMNS = 16 << 20, 64, 2  # as in a product: small ones pay for overheads
@@ -152,6 +153,7 @@ def _check_independence(model: FunctionalModel, forward: ForwardPass) -> list[Ta
         try:
             alone = model(model.params, x[example])
         except TRANSFORM_ERRORS as error:
+            refuse_out_of_memory(error)
             what = f"the model takes a batch, but not one example alone ({suspects.first_line(error)})"
             raise _coupled(calls, what) from error
         if forward.rounding.separates(alone, forward.output[example], scale=largest(forward.output)):
@@ -185,9 +187,8 @@ def _reverse(model: FunctionalModel, x: Tensor, U: Tensor) -> Tangents:
     """Multiply with Jᵀ by plain autograd, which is what the kernel is defined by."""
     try:
         return DoubleReverse(model, x).pull(U)
-    except torch.OutOfMemoryError:
-        raise
     except TRANSFORM_ERRORS as error:
+        refuse_out_of_memory(error)
         raise UnsupportedModuleError(
             f"torch.autograd.grad does not work on this model ({suspects.first_line(error)}). Reentrant activation "
             "checkpointing is one cause: set use_reentrant=False."
@@ -232,9 +233,8 @@ def _find_factors(model: FunctionalModel, forward: ForwardPass, by_example: list
 
     try:
         return Coverage.of(model, forward.x[members], cotangents=_cotangents(forward.output), agrees=agrees)
-    except torch.OutOfMemoryError:
-        raise
     except TRANSFORM_ERRORS as error:
+        refuse_out_of_memory(error)
         return Coverage({}, dict.fromkeys(model.params, suspects.first_line(error)))
 
 

@@ -17,6 +17,7 @@ from typing_extensions import override
 from ntk_lazy.engines.rounding import Rounding, noise
 from ntk_lazy.engines.watch import Watch
 from ntk_lazy.model import as_ieee, attributes_kept
+from ntk_lazy.out_of_memory import refuse_out_of_memory
 from ntk_lazy.precision import differentiable_weight_norm
 
 # What a transform of functions raises where it meets an operation that it has no rule for. The module has run
@@ -187,9 +188,8 @@ def _try_forward_mode(call: Call) -> str | None:
         pushed = vmap(lambda *columns: jvp(outputs, primals, columns)[1], randomness="same")(*tangents)
         cotangents = tuple(noise((2, *value.shape), like=value, seed=2) for value in values)
         pulled = vmap(transpose, randomness="same")(cotangents)
-    except torch.OutOfMemoryError:
-        raise
     except TRANSFORM_ERRORS as error:
+        refuse_out_of_memory(error)
         return first_line(error)
     forward = _inner(pushed, cotangents)
     reverse = sum(_inner(p.values(), t.values()) for p, t in zip(pulled, tangents, strict=True))

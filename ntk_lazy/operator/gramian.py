@@ -18,6 +18,7 @@ from ntk_lazy.errors import ArgumentError, ShapeError
 from ntk_lazy.operator.bilinear import BilinearGradient
 from ntk_lazy.operator.entries import block, entries
 from ntk_lazy.operator.side import Side
+from ntk_lazy.out_of_memory import out_of_memory_named
 from ntk_lazy.shapes import Block, ParameterBlock, SmallMatrix
 
 
@@ -63,6 +64,7 @@ class Gramian:
         """That of J."""
         return self.engine.model.device
 
+    @out_of_memory_named()
     def matmul(self, rhs: Tensor) -> Tensor:
         """Multiply with ``(*batch2, n2, k)``; batches of right-hand sides of one kernel are more columns of it."""
         batch = torch.broadcast_shapes(self.batch_shape, rhs.shape[:-2])
@@ -75,6 +77,7 @@ class Gramian:
             result[index] = self._product(side1, side2, rhs[index])
         return result
 
+    @out_of_memory_named()
     def matmul_afresh(self, V: OtherBlock) -> Block:
         """Multiply with a block by J alone, also where K is kept."""
         self._refuse_batch("matmul_afresh")
@@ -82,6 +85,7 @@ class Gramian:
         self._check_rows(V, side2)
         return self._scaled(side1.gather(self.engine.product_afresh(side1.x, side2.x, side2.scatter(V))))
 
+    @out_of_memory_named()
     def jacobian_matmul(self, W: ParameterBlock) -> Block:
         """Return ``sqrt(s) J1 W``."""
         self._refuse_batch("jacobian_matmul")
@@ -90,12 +94,14 @@ class Gramian:
         self._check_kind(W)
         return self.side1.gather(self.engine.push(self.side1.x, W.mT.contiguous())) * self._root_scale()
 
+    @out_of_memory_named()
     def jacobian_rmatmul(self, V: Block) -> ParameterBlock:
         """Return ``sqrt(s) J1ᵀ V``."""
         self._refuse_batch("jacobian_rmatmul")
         self._check_rows(V, self.side1)
         return self.engine.pull(self.side1.x, self.side1.scatter(V)).mT * self._root_scale()
 
+    @out_of_memory_named()
     def half_gram(self, V: Block) -> SmallMatrix:
         """Return ``s (J1ᵀV)ᵀ(J1ᵀV)`` in float64 on the CPU."""
         self._refuse_batch("half_gram")
@@ -104,6 +110,7 @@ class Gramian:
         self._check_rows(V, self.side1)
         return self.engine.half_gram(self.side1.x, self.side1.scatter(V)) * self._root_scale() ** 2
 
+    @out_of_memory_named()
     def parameter_energies(self, V: Block) -> dict[str, Tensor]:
         """Return ``s ‖J1_pᵀ v‖²`` for each parameter and column, ``(k,)`` in float64 on the CPU."""
         self._refuse_batch("parameter_energies")
@@ -117,6 +124,7 @@ class Gramian:
                 found[name][columns] = W[..., place].double().square().sum((1, 2)).cpu() * self._root_scale() ** 2
         return found
 
+    @out_of_memory_named()
     def entries(self, *index: Tensor) -> Tensor:
         """Compute entries at index tensors ``(*batch, row, column)`` of one shape, in the caller's grad mode."""
         *batch, rows, cols = (i.reshape(-1) for i in index)
@@ -132,11 +140,13 @@ class Gramian:
                 found, places = torch.cat([found, part]), torch.cat([places, wanted.nonzero().squeeze(1)])
         return self._scaled(found[places.argsort()].reshape(index[0].shape))
 
+    @out_of_memory_named()
     def dense(self) -> Tensor:
         """Compute all of K, in the caller's grad mode."""
         members = [block(self.engine, side1, side2) for _, side1, side2 in self._members(self.batch_shape)]
         return self._scaled(torch.stack(members).reshape(self.shape))
 
+    @out_of_memory_named()
     def bilinear(self, left: Tensor, right: Tensor, *, wrt: set[str]) -> BilinearGradient:
         """Differentiate ``sum_d left_dᵀ J1 J2ᵀ right_d``, summed over batches, in parameters and inputs.
 
@@ -155,6 +165,7 @@ class Gramian:
             total.add(self.engine, index, (side1, side2), (left[index], right[index]), wrt=wrt)
         return total
 
+    @out_of_memory_named()
     def dense_gradient(self, upstream: Tensor, *, wrt: set[str]) -> BilinearGradient:
         """Differentiate ``⟨upstream, J1 J2ᵀ⟩``, summed over batches, in parameters and inputs.
 

@@ -22,6 +22,7 @@ from ntk_lazy.operator.readout import read_entries, write_down
 from ntk_lazy.operator.representation import KernelRepresentation
 from ntk_lazy.operator.roots import keep_pairs, lanczos_inverse_root, lanczos_root
 from ntk_lazy.operator.side import Side
+from ntk_lazy.out_of_memory import out_of_memory_named
 from ntk_lazy.plan import Plan
 from ntk_lazy.probes import Probes
 from ntk_lazy.rows import Rows
@@ -69,6 +70,7 @@ class NTKLinearOperator(KernelRepresentation):
         """The rows of a long vector that this process holds: all of them."""
         return Rows(self._gramian.side1.num_rows)
 
+    @out_of_memory_named()
     def explain(
         self, num_columns: int = 1, num_products: int = 1, *, eigenpairs: int | None = None, solve: Solve | None = None
     ) -> Plan:
