@@ -81,6 +81,14 @@ class AutodiffEngine(Engine):
             return self._pull(x, V, self.rule.fit(x.shape[0], V.shape[1]))
 
     @override
+    def pull_with_graph(self, x: Tensor, V: Block) -> ColumnsFirst:
+        with torch.enable_grad(), ieee_precision(), differentiable_attention():
+            # Plain autograd, see _sweep.
+            pulled = DoubleReverse(self.model, x).pull(self.layout.lift(V))
+            flat = torch.cat([g.flatten(1) for g in pulled.values()], 1).to(self.model.dtype)
+        return flat.reshape(V.shape[1], self.num_features)
+
+    @override
     def push(self, x: Tensor, W: ColumnsFirst) -> Block:
         with torch.no_grad(), ieee_precision(), differentiable_attention():
             return self._push(x, W, self.rule.fit(x.shape[0], W.shape[0]))

@@ -84,7 +84,7 @@ class Engine(ABC):
 
     Features are the columns of J: ``passes * P`` of them. Blocks of features have the columns first, so that
     each is one contiguous flat parameter vector (``passes`` of them in trace mode). Nothing here builds a graph
-    except ``rows``, ``entries`` and the two gradients.
+    except ``pull_with_graph``, ``rows`` and ``entries``.
 
     Attributes:
         model: The model.
@@ -117,6 +117,13 @@ class Engine(ABC):
     @abstractmethod
     def pull(self, x: Tensor, V: Block) -> ColumnsFirst:
         """Return ``(Jᵀ V)ᵀ``, shape ``(k, features)``."""
+
+    @abstractmethod
+    def pull_with_graph(self, x: Tensor, V: Block) -> ColumnsFirst:
+        """Return ``(Jᵀ V)ᵀ`` as a differentiable function of parameters, examples and V.
+
+        Cost: the graph of all examples and columns at once, whatever the budget.
+        """
 
     @abstractmethod
     def push(self, x: Tensor, W: ColumnsFirst) -> Block:

@@ -113,6 +113,10 @@ class FactorEngine(Engine):
         return W.reshape(k, self.num_features)
 
     @override
+    def pull_with_graph(self, x: Tensor, V: Block) -> ColumnsFirst:
+        return self.autodiff.pull_with_graph(x, V)
+
+    @override
     def push(self, x: Tensor, W: ColumnsFirst) -> Block:
         k, passes = W.shape[0], self.layout.passes
         views = W.reshape(k, passes, -1)

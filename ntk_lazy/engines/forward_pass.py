@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ntk_lazy.engines import suspects
-from ntk_lazy.engines.rounding import Rounding
+from ntk_lazy.engines.perturbed import MeasuredRounding
+from ntk_lazy.engines.rounding import Rounding, largest
 from ntk_lazy.engines.suspects import Call, EmbeddingWatch, named
 from ntk_lazy.errors import NonFiniteError, ShapeError, UnsupportedModuleError
 from ntk_lazy.model import FunctionalModel
@@ -33,7 +34,8 @@ class ForwardPass:
         embeddings: What was noticed about embeddings.
         written_buffers: Names of the buffers that were written to.
         draws_numbers: Whether random numbers were drawn.
-        rounding: What rounding may do to outputs and gradients.
+        rounding: What rounding may do to outputs and gradients, by their size.
+        measured: What it really does, should that be more.
     """
 
     copy: FunctionalModel
@@ -44,6 +46,7 @@ class ForwardPass:
     written_buffers: list[str]
     draws_numbers: bool
     rounding: Rounding
+    measured: MeasuredRounding
 
     @classmethod
     def run(cls, model: FunctionalModel, x: Tensor) -> Self:
@@ -69,12 +72,28 @@ class ForwardPass:
         _refuse_written_parameters([name for name in written if name not in model.buffer_names], calls)
         _check_output(output)
         draws = states != _random_states(x)
-        return cls(copy, x, output, calls, watch, written, draws, Rounding.of((*copy.params.values(), output)))
+        rounding = Rounding.of((*copy.params.values(), output))
+        return cls(copy, x, output, calls, watch, written, draws, rounding, MeasuredRounding(model, x))
 
     @property
     def writes_buffers(self) -> bool:
         """Whether a call needs its own copies of the buffers."""
         return bool(self.written_buffers)
+
+    def has_other_outputs(self, found: Tensor, expected: Tensor) -> bool:
+        """Whether outputs differ by more than rounding from what they should be."""
+        scale = largest(self.output)
+        return self.rounding.separates(found, expected, scale=scale, measured=lambda: self.measured.outputs)
+
+    def has_other_gradients(self, found: Tensor, expected: Tensor, *, scale: float) -> bool:
+        """Whether entries of gradients of a normal mixture of outputs differ by more than rounding.
+
+        Args:
+            found: Any entries.
+            expected: What they should be.
+            scale: Largest entry of all parameters.
+        """
+        return self.rounding.separates(found, expected, scale=scale, measured=lambda: self.measured.gradients)
 
     def check_determinism(self) -> None:
         """Apply the model again, to the buffers as the last application left them; raise if it returns otherwise."""
@@ -86,7 +105,7 @@ class ForwardPass:
             )
         trials = _TRIALS_OF_RANDOM_MODELS if self.draws_numbers else 1
         again = (self.copy(self.copy.params, self.x) for _ in range(trials))
-        if not any(self.rounding.separates(output, self.output) for output in again):
+        if not any(self.has_other_outputs(output, self.output) for output in again):
             return
         if self.writes_buffers and not self.draws_numbers:
             owners = suspects.owners_of(self.calls, self.written_buffers)

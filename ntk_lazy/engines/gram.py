@@ -104,6 +104,10 @@ class GramEngine(Engine):
         return self.inner.pull(x, V)
 
     @override
+    def pull_with_graph(self, x: Tensor, V: Block) -> ColumnsFirst:
+        return self.inner.pull_with_graph(x, V)
+
+    @override
     def push(self, x: Tensor, W: ColumnsFirst) -> Block:
         return self.inner.push(x, W)
 

@@ -188,6 +188,10 @@ class PlannedEngine(Engine):
         return self._try(self._layers, lambda engine: engine.pull(x, V))
 
     @override
+    def pull_with_graph(self, x: Tensor, V: Block) -> ColumnsFirst:
+        return self.autodiff.pull_with_graph(x, V)
+
+    @override
     def push(self, x: Tensor, W: ColumnsFirst) -> Block:
         return self._try(self._layers, lambda engine: engine.push(x, W))
 

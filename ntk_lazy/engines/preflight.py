@@ -156,14 +156,14 @@ def _check_independence(model: FunctionalModel, forward: ForwardPass) -> list[Ta
             refuse_out_of_memory(error)
             what = f"the model takes a batch, but not one example alone ({suspects.first_line(error)})"
             raise _coupled(calls, what) from error
-        if forward.rounding.separates(alone, forward.output[example], scale=largest(forward.output)):
+        if forward.has_other_outputs(alone, forward.output[example]):
             raise _coupled(calls, f"the output for example {i} alone differs from that in a batch of {x.shape[0]}")
         by_example.append(_reverse(model, x[example], U[:, example]))
         _check_gradient(by_example[-1], example=i)
     together = _reverse(model, x, U)
     scale = largest(*together.values())
     for name, gradient in together.items():
-        if forward.rounding.separates(torch.stack([g[name] for g in by_example]).sum(0), gradient, scale=scale):
+        if forward.has_other_gradients(torch.stack([g[name] for g in by_example]).sum(0), gradient, scale=scale):
             raise _coupled(calls, f"the gradient of {name!r} over a batch is not the sum over its examples")
     _check_unequal_rows(model, forward)
     return by_example
@@ -179,7 +179,7 @@ def _check_unequal_rows(model: FunctionalModel, forward: ForwardPass) -> None:
     output = model(model.params, spread)
     for i in range(x.shape[0]):
         alone = model(model.params, spread[i : i + 1])
-        if forward.rounding.separates(alone, output[i : i + 1], scale=largest(output)):
+        if forward.has_other_outputs(alone, output[i : i + 1]):
             raise _coupled(forward.calls, f"the output for one example differs from that in a batch of {x.shape[0]}")
 
 
@@ -229,7 +229,7 @@ def _find_factors(model: FunctionalModel, forward: ForwardPass, by_example: list
 
     def agrees(name: str, rows: Tensor) -> bool:
         expected = torch.stack([by_example[i][name].reshape(2, -1) / _weight(i) for i in members])
-        return not forward.rounding.separates(rows, expected.to(rows.dtype), scale=scale)
+        return not forward.has_other_gradients(rows, expected.to(rows.dtype), scale=scale)
 
     try:
         return Coverage.of(model, forward.x[members], cotangents=_cotangents(forward.output), agrees=agrees)

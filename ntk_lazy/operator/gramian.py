@@ -155,15 +155,33 @@ class Gramian:
             right: Shape ``(*batch2, n2, d)``.
             wrt: Names of the engine.
         """
-        batch = torch.broadcast_shapes(self.batch_shape, left.shape[:-2], right.shape[:-2])
-        left, right = (v.expand(*batch, *v.shape[-2:]) for v in (left, right))
-        if not self.batch_shape:
-            left, right = (v.movedim(-2, 0).flatten(1) for v in (left, right))
-            batch = torch.Size()
         total = BilinearGradient(self.side1, self.side2)
+        left, right, batch = self._blocks(left, right)
         for index, side1, side2 in self._members(batch):
             total.add(self.engine, index, (side1, side2), (left[index], right[index]), wrt=wrt)
         return total
+
+    @out_of_memory_named()
+    def bilinear_form(self, left: Tensor, right: Tensor) -> Tensor:
+        """Return ``sum_d left_dᵀ K right_d``, summed over batches, with its graph: all examples and columns at once."""
+        value = torch.zeros((), dtype=self.dtype, device=self.device)
+        left, right, batch = self._blocks(left, right)
+        for index, side1, side2 in self._members(batch):
+            halves = (
+                self.engine.pull_with_graph(side.x, side.scatter(block[index]))
+                for side, block in ((side1, left), (side2, right))
+            )
+            value = value + torch.mul(*halves).sum()
+        return self._scaled(value)
+
+    @out_of_memory_named()
+    def dense_form(self, upstream: Tensor) -> Tensor:
+        """Return ``⟨upstream, K⟩``, summed over batches, with its graph: all rows of J at once."""
+        value = torch.zeros((), dtype=self.dtype, device=self.device)
+        for index, side1, side2 in self._members(self.batch_shape):
+            J1, J2 = (side.gather(self.engine.rows(side.x).flatten(0, 1)) for side in (side1, side2))
+            value = value + (upstream[index] * (J1 @ J2.mT)).sum()
+        return self._scaled(value)
 
     @out_of_memory_named()
     def dense_gradient(self, upstream: Tensor, *, wrt: set[str]) -> BilinearGradient:
@@ -177,6 +195,14 @@ class Gramian:
         for index, side1, side2 in self._members(self.batch_shape):
             total.add_dense(self.engine, index, (side1, side2), upstream[index], wrt=wrt)
         return total
+
+    def _blocks(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, torch.Size]:
+        """Give two blocks one batch shape; what meets one kernel alone is more columns of it."""
+        batch = torch.broadcast_shapes(self.batch_shape, left.shape[:-2], right.shape[:-2])
+        left, right = (v.expand(*batch, *v.shape[-2:]) for v in (left, right))
+        if self.batch_shape:
+            return left, right, batch
+        return left.movedim(-2, 0).flatten(1), right.movedim(-2, 0).flatten(1), torch.Size()
 
     def _members(self, batch: torch.Size) -> Iterator[tuple[tuple[int, ...], Side, Side]]:
         """Go through the kernels of a batch: the index of each, and its two sides."""

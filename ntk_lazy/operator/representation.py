@@ -194,6 +194,23 @@ class KernelRepresentation(LinearOperator):  # type: ignore[misc]  # linear_oper
         kwargs: dict[str, Any] = {n: change(v) if isinstance(v, Tensor) else v for n, v in self._kwargs.items()}
         return self.__class__(*(change(x) for x in self._args), **kwargs)
 
+    def _gradients_with_graph(self, form: Callable[[Gramian], Tensor]) -> tuple[Tensor | None, ...]:
+        """Differentiate a function of K in all tensors of the representation, so that it can be done again.
+
+        By plain autograd, on a view of each tensor: one tensor may be a function of another, and the gradient in that
+        one must not pass through it.
+
+        Cost: the graph of all examples at once.
+        """
+        with torch.enable_grad():
+            tensors = [t.view_as(t) if t.requires_grad else t for t in self.representation()]
+            value = form(self.representation_tree()(*tensors).gramian)
+            asked = [t for t in tensors if t.requires_grad]
+            if not (asked and value.requires_grad):
+                return (None,) * len(tensors)
+            found = iter(torch.autograd.grad(value, asked, create_graph=True, allow_unused=True))
+        return tuple(next(found) if t.requires_grad else None for t in tensors)
+
     def _gradients(self, differentiate: Callable[[set[str]], BilinearGradient]) -> tuple[Tensor | None, ...]:
         """Hand what was found by the names of the engine to the tensors that ask for a gradient."""
         names = [*("x1", "x2")[: len(self._args)], *self._differentiable_kwargs]
