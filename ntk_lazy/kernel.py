@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ntk_lazy.engines.chunks import parse_budget
 from ntk_lazy.engines.forward_pass import ForwardPass
+from ntk_lazy.engines.linearisation import outputs as outputs_of
 from ntk_lazy.engines.preflight import check
 from ntk_lazy.engines.scratch import Scratch
 from ntk_lazy.engines.suspects import TRANSFORM_ERRORS
@@ -181,8 +182,8 @@ def _runs(model: FunctionalModel, x: Tensor) -> bool:
 def _check_columns(model: FunctionalModel, probes: Probes, num_outputs: int) -> None:
     """Run the second inputs through the model once: an error of the model now is better than in a product."""
     x = _examples(probes, 1)
-    with _dtypes_named(model, x), torch.no_grad(), torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
-        found = model(model.params, x).shape[1]
+    with _dtypes_named(model, x), torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
+        found = outputs_of(model, x).shape[1]
     if found != num_outputs:
         raise ShapeError(f"the model has {num_outputs} outputs for an example of x1, but {found} for one of x2.")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Self, final
 
@@ -11,9 +12,13 @@ import torch
 from torch import Tensor
 
 from ntk_lazy.engines import suspects
+from ntk_lazy.engines.flops import FlopCount
+from ntk_lazy.engines.linearisation import Tangents, with_graph
+from ntk_lazy.engines.live_bytes import LiveBytes
 from ntk_lazy.engines.perturbed import MeasuredRounding
 from ntk_lazy.engines.rounding import Rounding, largest
 from ntk_lazy.engines.suspects import Call, EmbeddingWatch, named
+from ntk_lazy.engines.writes import WriteWatch
 from ntk_lazy.errors import NonFiniteError, ShapeError, UnsupportedModuleError
 from ntk_lazy.model import FunctionalModel
 
@@ -24,16 +29,22 @@ _TRIALS_OF_RANDOM_MODELS = 8
 @final
 @dataclass(frozen=True, eq=False)
 class ForwardPass:
-    """What one forward pass returned and did; it ran on private copies of all tensors.
+    """What one forward pass returned and did, with a graph, as reverse mode runs it.
+
+    Buffers were private copies. Parameters were the user's own: a write to one is refused before it is done.
 
     Attributes:
         copy: The model on these copies; its buffers are as the last application left them.
         x: The examples.
-        output: Shape ``(b, C)``, finite and real.
+        output: Shape ``(b, C)``, finite and real, without its graph.
         calls: The modules that were called.
         embeddings: What was noticed about embeddings.
         written_buffers: Names of the buffers that were written to.
         draws_numbers: Whether random numbers were drawn.
+        flops: Operations for one example, as far as they can be counted.
+        is_counted: Whether all of them can.
+        activation_bytes: What the graph keeps for the backward pass of one example, beside parameters and output.
+        largest_bytes: Of the largest result on the way, for one example.
         rounding: What rounding may do to outputs and gradients, by their size.
         measured: What it really does, should that be more.
     """
@@ -45,35 +56,73 @@ class ForwardPass:
     embeddings: EmbeddingWatch
     written_buffers: list[str]
     draws_numbers: bool
+    flops: float
+    is_counted: bool
+    activation_bytes: int
+    largest_bytes: int
     rounding: Rounding
     measured: MeasuredRounding
 
     @classmethod
-    def run(cls, model: FunctionalModel, x: Tensor) -> Self:
-        """Apply the model once, and refuse what has no derivative.
+    def run(cls, model: FunctionalModel, x: Tensor, then: Callable[[Tensor, Tangents], None] | None = None) -> Self:
+        """Apply the model once, watch it, and refuse what has no derivative.
+
+        Args:
+            model: The model.
+            x: A few examples.
+            then: Called with the outputs and the leaves of the graph, while it is there.
 
         Raises:
             NonFiniteError: The output for an example is not finite.
             ShapeError: No outputs, or examples that are not the first dimension.
-            UnsupportedModuleError: A parameter was written to, or the outputs are not real numbers.
+            UnsupportedModuleError: A parameter is written to, or none reaches the outputs, or these are not real.
         """
-        copy = replace(
-            model,
-            params={name: p.detach().clone() for name, p in model.params.items()},
-            constants={name: t.detach().clone() for name, t in model.constants.items()},
-            has_private_buffers=False,
-        )
-        tensors = copy.params | copy.constants
-        versions = {name: t._version for name, t in tensors.items()}
-        states = _random_states(x)
-        with suspects.recorded_calls(model.call.module) as calls, EmbeddingWatch(copy.constants.values()) as watch:
-            output = _apply(copy, x)
-        written = [name for name, t in tensors.items() if t._version != versions[name]]
-        _refuse_written_parameters([name for name in written if name not in model.buffer_names], calls)
-        _check_output(output)
-        draws = states != _random_states(x)
+        buffers = {name: model.constants[name].detach().clone() for name in model.buffer_names}
+        copy = replace(model, constants=model.constants | buffers, has_private_buffers=False)
+        versions = {name: t._version for name, t in buffers.items()}
+        states, found = _random_states(x), []
+        fixed = {name: t for name, t in (copy.params | copy.constants).items() if name not in buffers}
+        writes = WriteWatch(fixed, lambda name: _written(model, name))
+        flops, live = FlopCount(), LiveBytes((*copy.params.values(), *copy.constants.values(), x))
+
+        def look(output: Tensor, leaves: Tangents) -> None:
+            draws = states != _random_states(x)
+            saved = live.total - live.bytes_of(output)
+            each = (-(-size // x.shape[0]) for size in (saved, live.largest))
+            found.append((output.detach(), draws, flops.total / x.shape[0], *each))
+            if writes.found is not None:
+                raise _written(model, writes.found)
+            _check_output(output.detach())
+            _check_reached(output)
+            if then is not None:
+                then(output, leaves)
+
+        watched = suspects.recorded_calls(model.call.module), EmbeddingWatch(copy.constants.values())
+        with watched[0] as calls, watched[1] as embeddings, live, flops, writes:
+            _apply(copy, x, look)
+        output, draws, num_operations, activation_bytes, largest_bytes = found[0]
+        written = [name for name, t in buffers.items() if t._version != versions[name]]
         rounding = Rounding.of((*copy.params.values(), output))
-        return cls(copy, x, output, calls, watch, written, draws, rounding, MeasuredRounding(model, x))
+        return cls(
+            copy=copy,
+            x=x,
+            output=output,
+            calls=calls,
+            embeddings=embeddings,
+            written_buffers=written,
+            draws_numbers=draws,
+            flops=num_operations,
+            is_counted=flops.is_complete,
+            activation_bytes=activation_bytes,
+            largest_bytes=largest_bytes,
+            rounding=rounding,
+            measured=MeasuredRounding(model, x),
+        )
+
+    def apart(self) -> Self:
+        """The same with examples of its own, which hold no others."""
+        x = self.x.clone()
+        return replace(self, x=x, measured=self.measured.at(x))
 
     @property
     def writes_buffers(self) -> bool:
@@ -96,7 +145,10 @@ class ForwardPass:
         return self.rounding.separates(found, expected, scale=scale, measured=lambda: self.measured.gradients)
 
     def check_determinism(self) -> None:
-        """Apply the model again, to the buffers as the last application left them; raise if it returns otherwise."""
+        """Apply the model again, to the buffers as the last application left them; raise if it returns otherwise.
+
+        The examples come in the opposite order, on which nothing must depend either.
+        """
         drawing = suspects.random_modules(self.calls)
         if drawing:
             raise UnsupportedModuleError(
@@ -104,9 +156,10 @@ class ForwardPass:
                 "the same kernel. Call model.eval() first."
             )
         trials = _TRIALS_OF_RANDOM_MODELS if self.draws_numbers else 1
-        again = (self.copy(self.copy.params, self.x) for _ in range(trials))
-        if not any(self.has_other_outputs(output, self.output) for output in again):
+        if not any(self.has_other_outputs(self._again(self.x.flip(0)).flip(0), self.output) for _ in range(trials)):
             return
+        if not any(self.has_other_outputs(self._again(self.x), self.output) for _ in range(_TRIALS_OF_RANDOM_MODELS)):
+            raise suspects.coupled(self.calls, "the output for an example depends on its place in the batch")
         if self.writes_buffers and not self.draws_numbers:
             owners = suspects.owners_of(self.calls, self.written_buffers)
             raise UnsupportedModuleError(
@@ -118,10 +171,13 @@ class ForwardPass:
             "Call model.eval() first, or take that out of the forward pass."
         )
 
+    def _again(self, x: Tensor) -> Tensor:
+        return with_graph(self.copy, x, lambda output, _: output.detach())
 
-def _apply(model: FunctionalModel, x: Tensor) -> Tensor:
+
+def _apply(model: FunctionalModel, x: Tensor, then: Callable[[Tensor, Tangents], None]) -> None:
     try:
-        return model(model.params, x)
+        with_graph(model, x, then)
     except ValueError as error:
         if x.shape[0] == 1 and "more than 1 value per channel" in str(error):
             raise UnsupportedModuleError(
@@ -129,14 +185,31 @@ def _apply(model: FunctionalModel, x: Tensor) -> Tensor:
                 "first; with track_running_stats=False, set that to True, or use GroupNorm or LayerNorm."
             ) from error
         raise
+    except RuntimeError as error:
+        # Of autograd, where a parameter is written to outside of no_grad.
+        if "leaf Variable that requires grad" in str(error) and "in-place" in str(error):
+            raise _written(model, None) from error
+        raise
 
 
-def _refuse_written_parameters(names: list[str], calls: list[Call]) -> None:
-    if names:
+def _written(model: FunctionalModel, name: str | None) -> UnsupportedModuleError:
+    """Name the module that writes to a parameter, of which autograd does not say which it is."""
+    module, owner, parameter = model.call.module, "the model", "a parameter"
+    if name is not None:
+        parameter = f"parameter {name!r}"
+        path = name.rpartition(".")[0]
+        owner = "the model" if module is None else str(Call(path, module.get_submodule(path), ()))
+    return UnsupportedModuleError(
+        f"the forward pass of {owner} writes to {parameter}, so that there is no point to differentiate at. An "
+        "embedding with max_norm does so: renormalise its weight once and set max_norm=None."
+    )
+
+
+def _check_reached(output: Tensor) -> None:
+    if not output.requires_grad:
         raise UnsupportedModuleError(
-            f"the forward pass of {named(suspects.owners_of(calls, names))} writes to parameter {names[0]!r}, so that "
-            "there is no point to differentiate at. An embedding with max_norm does so: renormalise its weight once "
-            "and set max_norm=None."
+            "no parameter that was chosen reaches the output: it is detached, computed under no_grad, or does not use "
+            "them. The kernel would be zero. Choose others with params=, or return the output with its graph."
         )
 
 

@@ -29,16 +29,22 @@ class LiveBytes(Watch):
     Attributes:
         trace: Bytes after each operator, with the workspace that it had.
         total: Bytes that are alive now.
+        largest: Bytes of the largest of all results.
     """
 
     def __init__(self, given: Iterable[Tensor] = ()) -> None:
         """Watch; what lies in the memory of ``given`` counts as nothing."""
         super().__init__()
         self.trace: list[int] = []
-        self.total = 0
+        self.total = self.largest = 0
         # By identity: an address is not to be had of the tensors that transforms of functions wrap.
         self._given = {id(storage): storage for storage in (tensor.untyped_storage() for tensor in given)}
         self._living: dict[int, weakref.ref[Any]] = {}
+
+    def bytes_of(self, tensor: Tensor) -> int:
+        """Bytes of those that are alive which lie in the memory of a tensor."""
+        storage = tensor.untyped_storage()
+        return storage.nbytes() if id(storage) in self._living else 0
 
     @override
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -64,3 +70,4 @@ class LiveBytes(Watch):
 
         self._living[key] = weakref.ref(storage, forget)
         self.total += size
+        self.largest = max(self.largest, size)
