@@ -82,6 +82,7 @@ class AutodiffEngine(Engine):
 
     @override
     def pull_with_graph(self, x: Tensor, V: Block) -> ColumnsFirst:
+        self.preflight.require_second_derivatives()
         with torch.enable_grad(), ieee_precision(), differentiable_attention():
             # Plain autograd, see _sweep.
             pulled = DoubleReverse(self.model, x).pull(self.layout.lift(V))
@@ -122,6 +123,8 @@ class AutodiffEngine(Engine):
     @override
     def rows(self, x: Tensor) -> ExampleRows:
         cotangents = self.layout.cotangents(dtype=self.model.dtype, device=x.device)
+        if torch.is_grad_enabled():
+            self.preflight.require_second_derivatives()
         with ieee_precision(), differentiable_attention():
             if self.preflight.derivatives.vectorises and not torch.is_grad_enabled():
                 pulled = example_gradients(self.model, x, cotangents)
@@ -148,6 +151,8 @@ class AutodiffEngine(Engine):
     def bilinear_gradient(
         self, x1: Tensor, x2: Tensor, U: Block, V: OtherBlock, *, wrt: set[str]
     ) -> tuple[Tensor, dict[str, Tensor]]:
+        if wrt:
+            self.preflight.require_second_derivatives()
         chunks = self.rule.fit(max(x1.shape[0], x2.shape[0]), U.shape[1])
         value = U.new_zeros(())
         gradient: dict[str, Tensor] = {}
@@ -170,6 +175,8 @@ class AutodiffEngine(Engine):
 
     @override
     def rows_gradient(self, x1: Tensor, x2: Tensor, G: GramMatrix, *, wrt: set[str]) -> dict[str, Tensor]:
+        if wrt:
+            self.preflight.require_second_derivatives()
         units = self.layout.cotangents(dtype=self.model.dtype, device=x1.device).unsqueeze(1)
         gradient: dict[str, Tensor] = {}
         for chunk in self.row_chunks(x1.shape[0]):

@@ -16,6 +16,7 @@ from torch import Tensor
 from ntk_lazy.engines.chunks import Chunks, slices
 from ntk_lazy.engines.coverage import Coverage
 from ntk_lazy.engines.derivatives import Derivatives
+from ntk_lazy.errors import UnsupportedModuleError
 from ntk_lazy.gemm import times_transposed
 from ntk_lazy.model import FunctionalModel
 from ntk_lazy.outputs import OutputLayout
@@ -55,6 +56,7 @@ class Preflight:
 
     Attributes:
         find_derivatives: Finds out what automatic differentiation can do.
+        find_second_fault: Finds out why the model cannot be differentiated twice; "" where it can.
         num_outputs: C, outputs of one example with all trailing dimensions flattened.
         writes_buffers: Whether the forward pass changes a buffer, so that each call needs its own copies.
         forward_flops: Operations of a forward pass over one example, as far as they can be counted.
@@ -65,6 +67,7 @@ class Preflight:
     """
 
     find_derivatives: Callable[[], Derivatives]
+    find_second_fault: Callable[[], str]
     num_outputs: int
     writes_buffers: bool
     forward_flops: float
@@ -77,6 +80,23 @@ class Preflight:
     def derivatives(self) -> Derivatives:
         """What automatic differentiation can do; found out once, at the parameters of that time."""
         return self.find_derivatives()
+
+    @cached_property
+    def _second_fault(self) -> str:
+        return self.find_second_fault()
+
+    def require_second_derivatives(self) -> None:
+        """Refuse the gradient of a kernel of a model whose own gradients have none; found out once.
+
+        Raises:
+            UnsupportedModuleError: The gradient would lack a part.
+        """
+        if self._second_fault:
+            raise UnsupportedModuleError(
+                "the gradient of this kernel needs second derivatives of the model, which it does not have "
+                f"({self._second_fault}). Give custom operations a backward pass that is differentiable itself; or "
+                "ask for no gradient of K: torch.no_grad(), or requires_grad_(False) on parameters and inputs."
+            )
 
 
 class Engine(ABC):

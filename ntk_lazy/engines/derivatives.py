@@ -31,7 +31,6 @@ from ntk_lazy.engines.linearisation import (
 )
 from ntk_lazy.engines.rounding import largest, noise
 from ntk_lazy.engines.suspects import TRANSFORM_ERRORS, named
-from ntk_lazy.errors import UnsupportedModuleError
 from ntk_lazy.gemm import times_transposed_in_float64
 from ntk_lazy.model import FunctionalModel, generators_kept
 from ntk_lazy.out_of_memory import refuse_out_of_memory
@@ -47,9 +46,9 @@ class Derivatives:
     """What automatic differentiation can do with a model.
 
     Attributes:
-        mode: How J is multiplied: forward over reverse mode, or reverse mode twice.
+        mode: How J is multiplied: forward over reverse mode, reverse mode twice, or once for each row of J.
         footprint: Bytes of ``Jᵀ`` and then J, as a function of examples and columns.
-        note: Why there is no forward mode, naming the module; empty where there is.
+        note: Why there is no forward mode, or no second derivative, naming the module; empty where there is.
         find_vectorises: Finds out about ``vectorises``.
     """
 
@@ -69,9 +68,6 @@ class Derivatives:
         Cost: Three forward passes over the examples, with five backward passes or as much behind them; memory for 3
             parameter vectors. Small models go through eight products more, whose bytes are measured. The first call
             in a process loads parts of torch, which takes a second or two.
-
-        Raises:
-            UnsupportedModuleError: No way of multiplying with J agrees with plain reverse mode.
         """
         with quiet(forward.x):
             mode, note = _choose_mode(model, forward)
@@ -117,12 +113,21 @@ def _choose_mode(model: FunctionalModel, forward: ForwardPass) -> tuple[Linearis
     second = _disagreement(DoubleReverse, model, forward)
     if not second:
         return "double-reverse", f"{at_fault}: no forward mode ({reason}); reverse mode is applied twice instead."
-    is_bag = any(isinstance(call.module, torch.nn.EmbeddingBag) for call in calls)
-    cure = "EmbeddingBag by Embedding and a sum or mean over tokens" if is_bag else "it by a module that can be"
-    raise UnsupportedModuleError(
-        f"{at_fault} can be differentiated neither in forward mode ({reason}) nor twice in reverse mode ({second}). "
-        f"Replace {cure}."
+    return "reverse by rows", (
+        f"{at_fault}: no forward mode ({reason}), and reverse mode once only ({second}); rows of J are made one by one."
     )
+
+
+def fault_of_second_derivatives(model: FunctionalModel, forward: ForwardPass) -> str:
+    """Say why a model cannot be differentiated twice in reverse mode, as gradients of K ask for; "" where it can.
+
+    A backward pass that is marked as differentiable once, or that works on detached tensors, leaves its part out of the
+    gradient of a gradient, and autograd may say nothing.
+
+    Cost: Three forward passes over the examples, with five backward passes or as much behind them.
+    """
+    with quiet(forward.x):
+        return _disagreement(DoubleReverse, model, forward)
 
 
 def _disagreement(kind: type[Linearisation], model: FunctionalModel, forward: ForwardPass) -> str:

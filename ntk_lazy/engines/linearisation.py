@@ -19,7 +19,7 @@ from ntk_lazy.model import FunctionalModel
 
 Cotangents: TypeAlias = Float[Tensor, "columns examples outputs"]
 Tangents: TypeAlias = dict[str, Tensor]
-LinearisationMode: TypeAlias = Literal["forward-over-reverse", "double-reverse"]
+LinearisationMode: TypeAlias = Literal["forward-over-reverse", "double-reverse", "reverse by rows"]
 Result = TypeVar("Result")
 
 
@@ -79,12 +79,10 @@ class ForwardOverReverse(Linearisation):
         return vmap(one, randomness="same")(W)
 
 
-@final
-class DoubleReverse(Linearisation):
-    """Reverse mode alone, for modules without a forward-mode rule: J w is the gradient of ``⟨Jᵀu, w⟩`` in u.
+class PlainReverse(Linearisation):
+    """Jᵀ by plain ``autograd.grad``, column by column.
 
-    Plain ``autograd.grad`` column by column, which also serves modules that the transforms of torch.func refuse
-    (activation checkpointing, weight normalisation).
+    It also serves modules that the transforms of torch.func refuse (activation checkpointing, weight normalisation).
     """
 
     @override
@@ -120,6 +118,30 @@ class DoubleReverse(Linearisation):
             for name, p in leaves.items()
         }
 
+    def _leaves(self) -> Tangents:
+        """The parameters, with a graph to hang on; outside an outer graph they are cut off from the user's."""
+        params = self.model.params
+        if torch.is_grad_enabled() and any(p.requires_grad for p in params.values()):
+            return {n: p if p.requires_grad else p.detach().requires_grad_() for n, p in params.items()}
+        return {n: p.detach().requires_grad_() for n, p in params.items()}
+
+    def _evaluate(self, leaves: Tangents, then: Callable[[Tensor], Result]) -> Result:
+        """Run the model with a graph, and ``then`` in the caller's grad mode while the module holds the leaves."""
+        refuse_inference_mode()
+        is_enabled = torch.is_grad_enabled()
+
+        def in_callers_mode(output: Tensor) -> Result:
+            with torch.set_grad_enabled(is_enabled):
+                return then(output)
+
+        with torch.enable_grad():
+            return self.model.evaluate(leaves, self.x, in_callers_mode)
+
+
+@final
+class DoubleReverse(PlainReverse):
+    """Reverse mode alone, for modules without a forward-mode rule: J w is the gradient of ``⟨Jᵀu, w⟩`` in u."""
+
     @override
     def push(self, W: Tangents) -> Cotangents:
         leaves = self._leaves()
@@ -150,29 +172,42 @@ class DoubleReverse(Linearisation):
         )
         return torch.zeros_like(u) if pushed is None else pushed
 
-    def _leaves(self) -> Tangents:
-        """The parameters, with a graph to hang on; outside an outer graph they are cut off from the user's."""
-        params = self.model.params
-        if torch.is_grad_enabled() and any(p.requires_grad for p in params.values()):
-            return {n: p if p.requires_grad else p.detach().requires_grad_() for n, p in params.items()}
-        return {n: p.detach().requires_grad_() for n, p in params.items()}
 
-    def _evaluate(self, leaves: Tangents, then: Callable[[Tensor], Result]) -> Result:
-        """Run the model with a graph, and ``then`` in the caller's grad mode while the module holds the leaves."""
-        refuse_inference_mode()
-        is_enabled = torch.is_grad_enabled()
+@final
+class ReverseByRows(PlainReverse):
+    """Reverse mode once, for modules whose backward pass has no derivative: J w is ``⟨row, w⟩`` for each row of J.
 
-        def in_callers_mode(output: Tensor) -> Result:
-            with torch.set_grad_enabled(is_enabled):
-                return then(output)
+    Cost: for each example by itself a forward pass and C backward passes, and a parameter vector at a time.
+    """
 
-        with torch.enable_grad():
-            return self.model.evaluate(leaves, self.x, in_callers_mode)
+    @override
+    def push(self, W: Tangents) -> Cotangents:
+        return torch.stack([ReverseByRows(self.model, one)._push_one(W) for one in self.x.split(1)], 1)
+
+    def _push_one(self, W: Tangents) -> Float[Tensor, "columns outputs"]:
+        leaves = self._leaves()
+
+        def columns(output: Tensor) -> Tensor:
+            pushed = output.new_zeros(_num_columns(W), output.shape[1])
+            for c, unit in enumerate(torch.eye(output.shape[1], dtype=output.dtype, device=output.device)):
+                row = gradients(output, leaves, unit.unsqueeze(0), retain_graph=True)
+                parts = [W[name].flatten(1) @ g.flatten() for name, g in row.items()]
+                pushed[:, c] = torch.stack(parts).sum(0) if parts else 0
+            return pushed
+
+        return self._evaluate(leaves, columns)
 
 
-def linearisation(mode: LinearisationMode) -> type[ForwardOverReverse] | type[DoubleReverse]:
+_LINEARISATIONS: dict[LinearisationMode, type[ForwardOverReverse] | type[DoubleReverse] | type[ReverseByRows]] = {
+    "forward-over-reverse": ForwardOverReverse,
+    "double-reverse": DoubleReverse,
+    "reverse by rows": ReverseByRows,
+}
+
+
+def linearisation(mode: LinearisationMode) -> type[ForwardOverReverse] | type[DoubleReverse] | type[ReverseByRows]:
     """The linearisation of a mode."""
-    return ForwardOverReverse if mode == "forward-over-reverse" else DoubleReverse
+    return _LINEARISATIONS[mode]
 
 
 def gradients(

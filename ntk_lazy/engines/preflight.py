@@ -18,7 +18,7 @@ from torch import Tensor
 from ntk_lazy.engines import suspects
 from ntk_lazy.engines.contract import PassTimes, Preflight
 from ntk_lazy.engines.coverage import Coverage
-from ntk_lazy.engines.derivatives import Derivatives, quiet
+from ntk_lazy.engines.derivatives import Derivatives, fault_of_second_derivatives, quiet
 from ntk_lazy.engines.forward_pass import ForwardPass
 from ntk_lazy.engines.independence import check_finite, check_independence, reverse
 from ntk_lazy.engines.linearisation import (
@@ -74,7 +74,8 @@ def check(model: FunctionalModel, x: Tensor) -> Preflight:
         coverage = _find_factors(model, forward, gradient)
         del gradient
         times = None
-        find = partial(Derivatives.of, model, forward.apart())
+        apart = forward.apart()
+        find = partial(Derivatives.of, model, apart)
         if coverage.uncovered:
             derivatives = find()  # needed in any case: a model without any is better refused now
             find = partial(_same, derivatives)
@@ -82,6 +83,7 @@ def check(model: FunctionalModel, x: Tensor) -> Preflight:
                 times = _time_passes(model, x, derivatives.mode, forward.activation_bytes)
     return Preflight(
         find_derivatives=find,
+        find_second_fault=partial(fault_of_second_derivatives, model, apart),
         num_outputs=forward.output.shape[1],
         writes_buffers=forward.writes_buffers,
         draws_numbers=forward.draws_numbers,
