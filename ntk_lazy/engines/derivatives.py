@@ -29,12 +29,13 @@ from ntk_lazy.engines.linearisation import (
     example_gradients,
     linearisation,
 )
-from ntk_lazy.engines.rounding import largest, noise
+from ntk_lazy.engines.rounding import largest, noise, pieces
 from ntk_lazy.engines.suspects import TRANSFORM_ERRORS, named
 from ntk_lazy.gemm import times_transposed_in_float64
 from ntk_lazy.model import FunctionalModel, generators_kept
 from ntk_lazy.out_of_memory import refuse_out_of_memory
 from ntk_lazy.precision import differentiable_attention, ieee_precision
+from ntk_lazy.shapes import SmallMatrix
 
 # Bytes of a parameter vector up to which what a product holds is measured: that takes a dozen of them.
 _MEASURED_BYTES = 2 << 20
@@ -144,7 +145,7 @@ def _disagreement(kind: type[Linearisation], model: FunctionalModel, forward: Fo
             return "its gradient differs from that of plain autograd"
         del reference
         W, size = _tangents(model)
-        right = sum(times_transposed_in_float64(_flat(g), _flat(W[name])) for name, g in pulled.items())
+        right = sum(_inner(g, W[name]) for name, g in pulled.items())
         del pulled
         pushed = kind(model, forward.x).push(W)
     except TRANSFORM_ERRORS as error:
@@ -185,7 +186,7 @@ def _vectorises(model: FunctionalModel, forward: ForwardPass, mode: Linearisatio
         together = DoubleReverse(model, x).pull(torch.stack([weight * cotangents for weight in weights], 1))
         scale = largest(*together.values())
         for name, expected in together.items():
-            found = sum(weight * g for weight, g in zip(weights, stacked.pop(name), strict=True))
+            found = torch.tensordot(torch.tensor(weights).to(stacked[name]), stacked.pop(name)[:, 0], 1).unsqueeze(0)
             if forward.has_other_gradients(found, expected, scale=scale):
                 return False
     return True
@@ -213,5 +214,9 @@ def _footprint(model: FunctionalModel, forward: ForwardPass, mode: Linearisation
     )
 
 
-def _flat(columns: Tensor) -> Tensor:
-    return columns.reshape(columns.shape[0], -1)
+def _inner(left: Tensor, right: Tensor) -> SmallMatrix:
+    """Multiply all columns of one block with all of another."""
+    return sum(
+        (times_transposed_in_float64(a.reshape(len(a), -1), b.reshape(len(b), -1)) for a, b in pieces(left, right)),
+        torch.zeros(left.shape[0], right.shape[0], dtype=torch.float64, device=left.device),
+    )

@@ -40,7 +40,7 @@ def check_independence(model: FunctionalModel, forward: ForwardPass, U: Tensor, 
     total: Tangents = {}
     for part in (slice(0, 1), slice(1, None)):
         for name, g in _check_part(model, forward, U, part).items():
-            total[name] = total[name].add_(g) if name in total else g
+            total[name] = total[name] + g if name in total else g  # not in place: g may lie in the memory of U
     scale = largest(*gradient.values())
     for name in gradient.keys() | total.keys():
         one, other = (g[name] if name in g else torch.zeros_like(model.params[name]) for g in (total, gradient))

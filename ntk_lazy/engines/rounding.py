@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Self, final
 
@@ -12,7 +12,7 @@ from torch import Tensor
 # Rounding through a deep network stays under this many eps of the largest entry; the faults that are looked
 # for (dropout, batch statistics, a missing derivative) are larger by orders of magnitude.
 _EPS_FACTOR = 1e4
-_PIECE = 1 << 20  # entries that are compared at a time
+_PIECE = 1 << 16  # entries of which there may be copies
 
 
 @final
@@ -64,10 +64,17 @@ def largest(*tensors: Tensor) -> float:
 
 def _largest_difference(found: Tensor, expected: Tensor) -> float:
     """The largest entry of a difference, which is never there as a whole."""
-    if found.numel() <= _PIECE:
-        return largest(found - expected)
-    pairs = zip(found.reshape(-1).split(_PIECE), expected.reshape(-1).split(_PIECE), strict=True)
-    return largest(*(torch.stack(torch.aminmax(a - b)) for a, b in pairs))
+    return largest(*(torch.stack(torch.aminmax(a - b)) for a, b in pieces(found, expected) if a.numel()))
+
+
+def pieces(one: Tensor, other: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Cut two tensors of one shape alike along their largest dimension, so that copies of pieces take little memory."""
+    if one.numel() <= _PIECE:
+        yield one, other
+        return
+    dim = max(range(one.ndim), key=lambda d: one.shape[d])
+    size = max(1, _PIECE * one.shape[dim] // one.numel())
+    yield from zip(one.split(size, dim), other.split(size, dim), strict=True)
 
 
 def noise(shape: tuple[int, ...], *, like: Tensor, seed: int) -> Tensor:
