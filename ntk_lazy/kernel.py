@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -106,6 +107,7 @@ def ntk(  # noqa: PLR0913  (the front door: each option is one word)
     few = _examples(probes, _PREFLIGHT_EXAMPLES)
     with _dtypes_named(functional, few):
         preflight = check(functional, few)
+    functional = replace(functional, is_widened=preflight.is_widened)
     if others is not None:
         _check_columns(functional, others, preflight.num_outputs)
     layout = OutputLayout(mode, preflight.num_outputs)

@@ -22,14 +22,13 @@ from torch.func import functional_call  # noqa: TID251  (a call, not a transform
 
 from ntk_lazy.errors import ArgumentError, ShapeError, UnsupportedModuleError
 from ntk_lazy.precision import differentiable_weight_norm, has_weight_norm
+from ntk_lazy.widened import HALF, Widened, coarsest
 
 ParameterChoice: TypeAlias = str | Sequence[str] | Callable[[str, Tensor], bool] | None
 InputFunction: TypeAlias = Callable[[Tensor], Tensor]
 OutputFunction: TypeAlias = Callable[[Any], Tensor]
 ParameterFunction: TypeAlias = Callable[[dict[str, Tensor], Tensor], Any]
 Result = TypeVar("Result")
-
-_HALF = (torch.float16, torch.bfloat16)
 
 
 def as_parameter_choice(params: Any) -> Callable[[str, Tensor], bool] | list[str] | None:
@@ -56,7 +55,7 @@ def check_output_fn(output_fn: Any) -> None:
 
 def as_ieee(tensor: Tensor) -> Tensor:
     """Widen a half-precision tensor to float32, in which products run; leave any other as it is."""
-    return tensor.float() if tensor.dtype in _HALF else tensor
+    return tensor.float() if tensor.dtype in HALF else tensor
 
 
 @final
@@ -188,6 +187,7 @@ class FunctionalModel:
             that is known not to write to them.
         keeps_generators: Whether the random number generators are put back after each call, for a model that draws
             numbers which do not reach its output.
+        is_widened: Whether casts to half precision are left out, for a model that has some.
     """
 
     call: ModelCall
@@ -196,6 +196,7 @@ class FunctionalModel:
     buffer_names: frozenset[str] = frozenset()
     has_private_buffers: bool = True
     keeps_generators: bool = False
+    is_widened: bool = False
 
     @classmethod
     def from_module(
@@ -273,7 +274,7 @@ class FunctionalModel:
 
     def __call__(self, params: dict[str, Tensor], x: Tensor) -> Float[Tensor, "examples outputs"]:
         """Evaluate the model at ``params`` on examples ``x`` of shape ``(b, ...)``."""
-        with self._generators():
+        with self._generators(), self._arithmetic():
             return self._flat(self.call.raw(self._tensors(params), as_ieee(x)), x.shape[0])
 
     def has_tensors_of(self, other: FunctionalModel) -> bool:
@@ -288,7 +289,7 @@ class FunctionalModel:
 
     def evaluate(self, params: dict[str, Tensor], x: Tensor, then: Callable[[Tensor], Result]) -> Result:
         """Evaluate the model, and return ``then(outputs)``, computed while the module still holds ``params``."""
-        with self._generators():
+        with self._generators(), self._arithmetic():
             result: Result = self.call.raw(
                 self._tensors(params), as_ieee(x), lambda output: then(self._flat(output, x.shape[0]))
             )
@@ -305,6 +306,9 @@ class FunctionalModel:
 
     def _generators(self) -> AbstractContextManager[None]:
         return generators_kept(self.device) if self.keeps_generators else nullcontext()
+
+    def _arithmetic(self) -> AbstractContextManager[object]:
+        return Widened(coarsest(self.params.values())) if self.is_widened else nullcontext()
 
 
 def _flat_output(output: Any, num_examples: int) -> Tensor:

@@ -300,8 +300,8 @@ class Plan:
             f"{'all of it' if self.engine == WEIGHTS else 'each product'}",
             *self._coverage_lines(),
         ]
-        note = self.preflight.derivatives.note
-        return "\n".join([*lines, f"  note     {note}"] if note else lines)
+        notes = (self.preflight.derivatives.note, *self.preflight.remarks)
+        return "\n".join([*lines, *(f"  note     {note}" for note in notes if note)])
 
     def _table(self) -> list[str]:
         if not self.alternatives:

@@ -167,5 +167,6 @@ def test_the_measure_of_rounding_is_above_what_happens_and_far_below_the_terms(d
     low = copy.deepcopy(module).to(dtype)
     with torch.no_grad():
         happened = float((100 * low.net(x.float().to(dtype)).double() - exact).abs().max())
-        measured = MeasuredRounding(nl.FunctionalModel.from_module(low), x.to(dtype)).outputs
+        model = nl.FunctionalModel.from_module(low)
+        measured = MeasuredRounding(model, x.to(dtype), coarsest=dtype).outputs
     assert happened < measured < 3e3 * torch.finfo(dtype).eps * 100

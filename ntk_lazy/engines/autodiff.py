@@ -16,6 +16,7 @@ from ntk_lazy.engines.chunks import ChunkRule, Chunks, slices
 from ntk_lazy.engines.contract import X1, X2, ColumnsFirst, Engine, ExampleRows, GramMatrix, OtherBlock, Preflight
 from ntk_lazy.engines.cost import passes_of_product, tiles_of_rows
 from ntk_lazy.engines.flat import FlatLayout
+from ntk_lazy.engines.footprint import Footprint
 from ntk_lazy.engines.kept import KeptLinearisations
 from ntk_lazy.engines.linearisation import DoubleReverse, Linearisation, example_gradients, linearisation
 from ntk_lazy.gemm import times_transposed_in_float64
@@ -60,6 +61,12 @@ class AutodiffEngine(Engine):
             device_type=model.device.type,
             chunk_size=self.chunk_size,
         )
+
+    def _gradient_rule(self) -> ChunkRule:
+        """How chunks are chosen for gradients, which go through reverse mode twice whatever the model can do."""
+        rule = self.rule
+        footprint = Footprint.of_gradients(activation_bytes=rule.activation_bytes, parameter_bytes=rule.parameter_bytes)
+        return replace(rule, footprint=footprint)
 
     @override
     @contextmanager
@@ -153,7 +160,7 @@ class AutodiffEngine(Engine):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         if wrt:
             self.preflight.require_second_derivatives()
-        chunks = self.rule.fit(max(x1.shape[0], x2.shape[0]), U.shape[1])
+        chunks = self._gradient_rule().fit(max(x1.shape[0], x2.shape[0]), U.shape[1])
         value = U.new_zeros(())
         gradient: dict[str, Tensor] = {}
         with ieee_precision(), differentiable_attention():

@@ -105,6 +105,10 @@ def _choose_mode(model: FunctionalModel, forward: ForwardPass) -> tuple[Linearis
         # Reverse mode skips the row of padding_idx, forward mode does not; whether it shows depends on the tokens.
         at_fault = named(suspects.embedding_modules(calls, "padding_idx"), otherwise="an embedding")
         reason = "forward and reverse mode disagree on padding_idx"
+    elif forward.arithmetic.ties:
+        # The examples here may have no ties, and others have.
+        rule, at_fault = next(iter(forward.arithmetic.ties.items()))
+        reason = f"forward and reverse mode disagree at ties on {rule}"
     else:
         reason = _disagreement(ForwardOverReverse, model, forward)
         if not reason:

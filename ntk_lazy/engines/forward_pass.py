@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ntk_lazy.engines import suspects
+from ntk_lazy.engines.arithmetic import Arithmetic
 from ntk_lazy.engines.flops import FlopCount
 from ntk_lazy.engines.linearisation import Tangents, with_graph
 from ntk_lazy.engines.live_bytes import LiveBytes
@@ -21,6 +22,8 @@ from ntk_lazy.engines.suspects import Call, EmbeddingWatch, named
 from ntk_lazy.engines.writes import WriteWatch
 from ntk_lazy.errors import NonFiniteError, ShapeError, UnsupportedModuleError
 from ntk_lazy.model import FunctionalModel
+from ntk_lazy.out_of_memory import refuse_out_of_memory
+from ntk_lazy.widened import HALF
 
 # A rare event (dropout with a small p) must show in one of these.
 _TRIALS_OF_RANDOM_MODELS = 8
@@ -47,6 +50,7 @@ class ForwardPass:
         largest_bytes: Of the largest result on the way, for one example.
         rounding: What rounding may do to outputs and gradients, by their size.
         measured: What it really does, should that be more.
+        arithmetic: The precision that was computed in.
     """
 
     copy: FunctionalModel
@@ -62,6 +66,7 @@ class ForwardPass:
     largest_bytes: int
     rounding: Rounding
     measured: MeasuredRounding
+    arithmetic: Arithmetic
 
     @classmethod
     def run(cls, model: FunctionalModel, x: Tensor, then: Callable[[Tensor, Tangents], None] | None = None) -> Self:
@@ -97,10 +102,15 @@ class ForwardPass:
             if then is not None:
                 then(output, leaves)
 
-        watched = suspects.recorded_calls(model.call.module), EmbeddingWatch(copy.constants.values())
-        with watched[0] as calls, watched[1] as embeddings, live, flops, writes:
-            _apply(copy, x, look)
-        output, draws, num_operations, activation_bytes, largest_bytes = found[0]
+        running: list[Call] = []
+        arithmetic = Arithmetic(copy.params.values(), x, running)
+        watched = suspects.recorded_calls(model.call.module, running), EmbeddingWatch(copy.constants.values())
+        with watched[0] as calls, watched[1] as embeddings, live, flops, writes, arithmetic:
+            copy = _apply_half(copy, x, look)
+        output, draws, num_operations, activation_bytes, largest_bytes = found[-1]
+        if arithmetic.widen(copy, x, output, is_random=draws).is_widened != copy.is_widened:
+            wide = cls.run(replace(model, is_widened=True), x, then)
+            return replace(wide, measured=wide.measured.at(x, coarsest=arithmetic.coarsest), arithmetic=arithmetic)
         written = [name for name, t in buffers.items() if t._version != versions[name]]
         rounding = Rounding.of((*copy.params.values(), output))
         return cls(
@@ -116,7 +126,8 @@ class ForwardPass:
             activation_bytes=activation_bytes,
             largest_bytes=largest_bytes,
             rounding=rounding,
-            measured=MeasuredRounding(model, x),
+            measured=MeasuredRounding(replace(model, is_widened=copy.is_widened), x, coarsest=arithmetic.coarsest),
+            arithmetic=arithmetic,
         )
 
     def apart(self) -> Self:
@@ -173,6 +184,20 @@ class ForwardPass:
 
     def _again(self, x: Tensor) -> Tensor:
         return with_graph(self.copy, x, lambda output, _: output.detach())
+
+
+def _apply_half(model: FunctionalModel, x: Tensor, then: Callable[[Tensor, Tangents], None]) -> FunctionalModel:
+    """Apply a model; one with parameters in half precision, which are widened, may need its own casts widened too."""
+    try:
+        _apply(model, x, then)
+    except RuntimeError as error:
+        refuse_out_of_memory(error)
+        module = model.call.module
+        if model.is_widened or module is None or not any(p.dtype in HALF for p in module.parameters()):
+            raise
+        model = replace(model, is_widened=True)
+        _apply(model, x, then)
+    return model
 
 
 def _apply(model: FunctionalModel, x: Tensor, then: Callable[[Tensor, Tangents], None]) -> None:

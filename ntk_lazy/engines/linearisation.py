@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.func import jvp, vjp, vmap
 from typing_extensions import override
 
+from ntk_lazy.engines.ties import WrittenOut
 from ntk_lazy.errors import ArgumentError
 from ntk_lazy.model import FunctionalModel
 
@@ -74,9 +75,10 @@ class ForwardOverReverse(Linearisation):
             pushed: Tensor = jvp(self._outputs, (self.model.params,), (tangent,))[1]
             return pushed
 
-        if _num_columns(W) == 1:
-            return one({name: w[0] for name, w in W.items()}).unsqueeze(0)
-        return vmap(one, randomness="same")(W)
+        with WrittenOut():
+            if _num_columns(W) == 1:
+                return one({name: w[0] for name, w in W.items()}).unsqueeze(0)
+            return vmap(one, randomness="same")(W)
 
 
 class PlainReverse(Linearisation):
@@ -156,7 +158,8 @@ class DoubleReverse(PlainReverse):
             pushed = [self._column(used, u, {n: w[i] for n, w in W.items()}) for i in range(_num_columns(W))]
             return torch.stack(pushed)
 
-        return self._evaluate(leaves, columns)
+        with WrittenOut():
+            return self._evaluate(leaves, columns)
 
     @staticmethod
     def _column(pulled: list[tuple[str, Tensor]], u: Tensor, w: Tangents) -> Tensor:

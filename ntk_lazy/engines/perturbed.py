@@ -48,14 +48,16 @@ class MeasuredRounding:
         parameter vectors, each once.
     """
 
-    def __init__(self, model: FunctionalModel, x: Tensor) -> None:
+    def __init__(self, model: FunctionalModel, x: Tensor, *, coarsest: torch.dtype) -> None:
+        """Prepare for a model that computes on these examples in no coarser dtype than that."""
         self._model = replace(model, has_private_buffers=True)
         self._x = x
-        self._magnification = torch.finfo(model.dtype).eps ** -0.5
+        self._coarsest = coarsest
+        self._magnification = torch.finfo(coarsest).eps ** -0.5
 
-    def at(self, x: Tensor) -> MeasuredRounding:
-        """The same at other examples."""
-        return MeasuredRounding(self._model, x)
+    def at(self, x: Tensor, *, coarsest: torch.dtype | None = None) -> MeasuredRounding:
+        """The same at other examples, or for another dtype."""
+        return MeasuredRounding(self._model, x, coarsest=coarsest or self._coarsest)
 
     @cached_property
     def outputs(self) -> float:
@@ -144,4 +146,5 @@ def _has_storage(leaf: Any) -> bool:
 
 
 def _storages(given: Any) -> set[int]:
-    return {leaf.untyped_storage().data_ptr() for leaf in tree_leaves(given) if _has_storage(leaf)}
+    # By identity: an address is not to be had of the tensors that transforms of functions wrap.
+    return {id(leaf.untyped_storage()) for leaf in tree_leaves(given) if _has_storage(leaf)}

@@ -64,7 +64,12 @@ def check(model: FunctionalModel, x: Tensor) -> Preflight:
     with quiet(x) as caught:
         forward, U, gradient = _forward_and_backward(model, x)
         forward.check_determinism()
-        model = replace(model, has_private_buffers=forward.writes_buffers, keeps_generators=forward.draws_numbers)
+        model = replace(
+            model,
+            has_private_buffers=forward.writes_buffers,
+            keeps_generators=forward.draws_numbers,
+            is_widened=forward.copy.is_widened,
+        )
         _refuse_known(forward)
         if isinstance(gradient, UnsupportedModuleError):
             raise gradient
@@ -91,6 +96,8 @@ def check(model: FunctionalModel, x: Tensor) -> Preflight:
         times=times,
         activation_bytes=forward.activation_bytes,
         coverage=coverage,
+        is_widened=model.is_widened,
+        remarks=forward.arithmetic.remarks,
     )
 
 
@@ -112,7 +119,7 @@ def _forward_and_backward(
             found.append((U, error))
 
     forward = ForwardPass.run(model, x, look)
-    return forward, *found[0]
+    return forward, *found[-1]  # casts may have been left out in a second pass
 
 
 def _same(derivatives: Derivatives) -> Derivatives:

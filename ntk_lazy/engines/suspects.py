@@ -51,26 +51,34 @@ class Call:
 
 
 @contextmanager
-def recorded_calls(module: nn.Module | None, *, keep_arguments: bool = False) -> Iterator[list[Call]]:
+def recorded_calls(
+    module: nn.Module | None, running: list[Call] | None = None, *, keep_arguments: bool = False
+) -> Iterator[list[Call]]:
     """List the calls of a module and of those inside it, in the order in which they return.
 
     Each module has a hook for the length of this context. One hook on all modules of the process would touch
     less, but torch 2.13 does not take all of such a hook away again.
 
     Args:
-        module: The module; None for a function, which has no calls.
+        module: The outermost one; None for a function, which calls none that is known.
+        running: Holds the calls that have not returned, the innermost one last, while the context lasts.
         keep_arguments: Whether to keep the arguments, among which are all activations between modules.
     """
     calls: list[Call] = []
+    running = [] if running is None else running
     inner = {} if module is None else {found: name for name, found in module.named_modules()}
 
-    def note(called: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def begin(called: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         num_dims = tuple(arg.ndim for arg in args if isinstance(arg, Tensor))
         kept = (args, kwargs) if keep_arguments else ()
-        calls.append(Call(inner[called], called, num_dims, *kept))
+        running.append(Call(inner[called], called, num_dims, *kept))
+
+    def note(called: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        calls.append(running.pop())
 
     with ExitStack() as hooks:
         for found in inner:
+            hooks.callback(found.register_forward_pre_hook(begin, with_kwargs=True).remove)
             hooks.callback(found.register_forward_hook(note, with_kwargs=True).remove)
         yield calls
 

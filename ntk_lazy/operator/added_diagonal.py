@@ -22,7 +22,7 @@ from typing_extensions import override
 
 from ntk_lazy.errors import ArgumentError
 from ntk_lazy.gemm import times_transposed
-from ntk_lazy.linalg.conjugate_gradients import Preconditioner, conjugate_gradients
+from ntk_lazy.linalg.conjugate_gradients import FROM_ROUNDING, Preconditioner, conjugate_gradients
 from ntk_lazy.linalg.tiles import row_tiles
 from ntk_lazy.operator.differentiation import differentiable_once, once, solve_for
 from ntk_lazy.operator.log_likelihood import log_likelihood_terms
@@ -325,7 +325,7 @@ def _warn(worst: float, tolerance: float, max_steps: int, *, rounding: float = 0
         return
     cure = (
         "That is what rounding leaves of it: use a float64 model"
-        if worst <= 3 * rounding
+        if worst <= FROM_ROUNDING * rounding
         else "Raise max_cg_iterations or max_preconditioner_size, use a float64 model"
     )
     warnings.warn(

@@ -11,9 +11,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from ntk_lazy.engines.chunks import slices
 from ntk_lazy.engines.contract import Engine, OtherBlock
-from ntk_lazy.engines.flat import FlatLayout
 from ntk_lazy.errors import ArgumentError, ShapeError
 from ntk_lazy.operator.bilinear import BilinearGradient
 from ntk_lazy.operator.entries import block, entries
@@ -92,14 +90,14 @@ class Gramian:
         if W.ndim != 2 or W.shape[0] != self.engine.num_features:
             raise ShapeError(f"W is {tuple(W.shape)} and J has {self.engine.num_features} columns: pass (features, k).")
         self._check_kind(W)
-        return self.side1.gather(self.engine.push(self.side1.x, W.mT.contiguous())) * self._root_scale()
+        return self._times_root_scale(self.side1.gather(self.engine.push(self.side1.x, W.mT.contiguous())))
 
     @out_of_memory_named()
     def jacobian_rmatmul(self, V: Block) -> ParameterBlock:
         """Return ``sqrt(s) J1ᵀ V``."""
         self._refuse_batch("jacobian_rmatmul")
         self._check_rows(V, self.side1)
-        return self.engine.pull(self.side1.x, self.side1.scatter(V)).mT * self._root_scale()
+        return self._times_root_scale(self.engine.pull(self.side1.x, self.side1.scatter(V))).mT
 
     @out_of_memory_named()
     def half_gram(self, V: Block) -> SmallMatrix:
@@ -115,14 +113,8 @@ class Gramian:
         """Return ``s ‖J1_pᵀ v‖²`` for each parameter and column, ``(k,)`` in float64 on the CPU."""
         self._refuse_batch("parameter_energies")
         self._check_rows(V, self.side1)
-        engine, scattered = self.engine, self.side1.scatter(V)
-        places = FlatLayout.of(engine.model.params).slices()
-        found = {name: torch.zeros(V.shape[1], dtype=torch.float64) for name in places}
-        for columns in slices(V.shape[1], engine.chunks(self.side1.num_examples, max(V.shape[1], 1)).columns):
-            W = engine.pull(self.side1.x, scattered[:, columns]).unflatten(1, (engine.layout.passes, -1))
-            for name, place in places.items():
-                found[name][columns] = W[..., place].double().square().sum((1, 2)).cpu() * self._root_scale() ** 2
-        return found
+        energies = self.engine.energies(self.side1.x, self.side1.scatter(V))
+        return {name: energy * self._root_scale() ** 2 for name, energy in energies.items()}
 
     @out_of_memory_named()
     def entries(self, *index: Tensor) -> Tensor:
@@ -144,7 +136,8 @@ class Gramian:
     def dense(self) -> Tensor:
         """Compute all of K, in the caller's grad mode."""
         members = [block(self.engine, side1, side2) for _, side1, side2 in self._members(self.batch_shape)]
-        return self._scaled(torch.stack(members).reshape(self.shape))
+        # One kernel alone is not copied: it may be as large as memory.
+        return self._scaled(torch.stack(members).reshape(self.shape) if self.batch_shape else members[0])
 
     @out_of_memory_named()
     def bilinear(self, left: Tensor, right: Tensor, *, wrt: set[str]) -> BilinearGradient:
@@ -220,6 +213,10 @@ class Gramian:
 
     def _scaled(self, values: Tensor) -> Tensor:
         return values if self.scale is None else values * self.scale
+
+    def _times_root_scale(self, fresh: Tensor) -> Tensor:
+        """Scale what was made just now, in place: a copy of a block of parameters may be as large as the budget."""
+        return fresh if self.scale is None else fresh.mul_(self._root_scale())
 
     def _root_scale(self) -> float:
         scale = 1.0 if self.scale is None else float(self.scale.detach())

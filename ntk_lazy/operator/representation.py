@@ -60,6 +60,7 @@ class KernelRepresentation(LinearOperator):  # type: ignore[misc]  # linear_oper
                 if not n.startswith(_PARAM)
             },
             buffer_names=frozenset(n.removeprefix(_BUFFER) for n in tensors if n.startswith(_BUFFER)),
+            is_widened=preflight.is_widened,
         )
         self._gramian = Gramian(
             settings.build(model, layout, preflight),
