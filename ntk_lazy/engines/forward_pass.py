@@ -85,7 +85,8 @@ class ForwardPass:
         buffers = {name: model.constants[name].detach().clone() for name in model.buffer_names}
         copy = replace(model, constants=model.constants | buffers, has_private_buffers=False)
         versions = {name: t._version for name, t in buffers.items()}
-        states, found = _random_states(x), []
+        states = _random_states(x)
+        found: list[tuple[Tensor, bool, float, int, int]] = []
         fixed = {name: t for name, t in (copy.params | copy.constants).items() if name not in buffers}
         writes = WriteWatch(fixed, lambda name: _written(model, name))
         flops, live = FlopCount(), LiveBytes((*copy.params.values(), *copy.constants.values(), x))
@@ -93,8 +94,8 @@ class ForwardPass:
         def look(output: Tensor, leaves: Tangents) -> None:
             draws = states != _random_states(x)
             saved = live.total - live.bytes_of(output)
-            each = (-(-size // x.shape[0]) for size in (saved, live.largest))
-            found.append((output.detach(), draws, flops.total / x.shape[0], *each))
+            b = x.shape[0]
+            found.append((output.detach(), draws, flops.total / b, -(-saved // b), -(-live.largest // b)))
             if writes.found is not None:
                 raise _written(model, writes.found)
             _check_output(output.detach())
