@@ -71,7 +71,7 @@ def doctor(
         output_fn: As for ``ntk``.
         input_dims: As for ``ntk``.
 
-    Cost: that of making a kernel with ``ntk``: a dozen passes over four examples.
+    Cost: that of making a kernel with ``ntk`` and of ``explain``: eight passes over four examples.
     """
     kind = type(model).__name__ if not callable(model) or isinstance(model, nn.Module) else _name_of(model)
     try:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ntk_lazy.engines.chunks import parse_budget
 from ntk_lazy.engines.forward_pass import ForwardPass
+from ntk_lazy.engines.linearisation import outputs as outputs_of
 from ntk_lazy.engines.preflight import check
 from ntk_lazy.engines.scratch import Scratch
 from ntk_lazy.engines.suspects import AS_ONE_EXAMPLE, LOOKUP_ERRORS, TRANSFORM_ERRORS, first_line
@@ -29,6 +30,7 @@ from ntk_lazy.model import (
 )
 from ntk_lazy.modes import ordinary_mode
 from ntk_lazy.operator import NTKLinearOperator, Side
+from ntk_lazy.out_of_memory import out_of_memory_named, refuse_out_of_memory
 from ntk_lazy.outputs import OutputLayout, OutputMode, as_output_mode
 from ntk_lazy.plan import EngineName, EngineSettings
 from ntk_lazy.precision import ieee_precision
@@ -40,6 +42,7 @@ _CONVERSIONS = {torch.float32: "model.float()", torch.float64: "model.double()"}
 
 
 @ordinary_mode()
+@out_of_memory_named()
 def ntk(  # noqa: PLR0913  (the front door: each option is one word)
     model: nn.Module | ParameterFunction | FunctionalModel,
     x1: Tensor | np.ndarray | Probes,
@@ -94,6 +97,7 @@ def ntk(  # noqa: PLR0913  (the front door: each option is one word)
         ShapeError: Inputs or outputs whose first dimension is not the examples, inputs on another device, or of a dtype
             that the model cannot take.
         ArgumentError: No such parameter, output, engine, budget or scratch folder.
+        BudgetError: The machine ran out of memory.
 
     Source: Jacot, Gabriel, Hongler, Neural Tangent Kernel (2018); row order and modes as in
         Kopitkov and Indelman, arXiv 1910.08720, and Mohamadi et al., arXiv 2206.12543.
@@ -157,9 +161,8 @@ def _dtypes_named(model: FunctionalModel, x: Tensor) -> Iterator[None]:
     """Say so where a model fails on inputs for no other reason than their dtype, which torch words in many ways."""
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as error:
+        refuse_out_of_memory(error)
         wanted = model.dtype
         differs = as_ieee(x).dtype != wanted
         if not differs or _runs(model, x) or not _runs(model, x.to(wanted)):
@@ -204,7 +207,8 @@ def _runs(model: FunctionalModel, x: Tensor) -> bool:
             ForwardPass.run(model, x)
     except NTKLazyError:
         return True  # it got through, and what came out has a fault of its own
-    except (*TRANSFORM_ERRORS, *LOOKUP_ERRORS):
+    except (*TRANSFORM_ERRORS, *LOOKUP_ERRORS) as error:
+        refuse_out_of_memory(error)
         return False
     return True
 
@@ -212,8 +216,8 @@ def _runs(model: FunctionalModel, x: Tensor) -> bool:
 def _check_columns(model: FunctionalModel, probes: Probes, num_outputs: int) -> None:
     """Run the second inputs through the model once: an error of the model now is better than in a product."""
     x = _examples(probes, 1)
-    with _dtypes_named(model, x), torch.no_grad(), torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
-        found = model(model.params, x).shape[1]
+    with _dtypes_named(model, x), torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
+        found = outputs_of(model, x).shape[1]
     if found != num_outputs:
         raise ShapeError(f"the model has {num_outputs} outputs for an example of x1, but {found} for one of x2.")
 

@@ -12,6 +12,7 @@ from ntk_lazy.alignment import relative_energy, spectral_position
 from ntk_lazy.columns import HasVectors
 from ntk_lazy.dynamics import LossReduction, first_order_error, first_order_step, loss_factor
 from ntk_lazy.engines.flat import FlatLayout
+from ntk_lazy.engines.linearisation import outputs as outputs_of
 from ntk_lazy.errors import ShapeError
 from ntk_lazy.estimate import Estimate
 from ntk_lazy.model import FunctionalModel
@@ -131,4 +132,4 @@ class Learning:
 
 def evaluate(functional: FunctionalModel, params: dict[str, Tensor], inputs: Tensor) -> Block:
     """Evaluate the outputs on all examples, in chunks, shape ``(N, C)``."""
-    return torch.cat([functional(params, chunk) for chunk in inputs.split(_CHUNK)])
+    return torch.cat([outputs_of(functional, chunk, params) for chunk in inputs.split(_CHUNK)])

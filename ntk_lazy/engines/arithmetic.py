@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
+from ntk_lazy.engines.linearisation import outputs
 from ntk_lazy.engines.perturbed import MeasuredRounding
 from ntk_lazy.engines.rounding import largest
 from ntk_lazy.engines.suspects import TRANSFORM_ERRORS, Call, first_line, named
@@ -19,6 +20,7 @@ from ntk_lazy.engines.ties import rule_at_ties
 from ntk_lazy.engines.watch import Watch
 from ntk_lazy.errors import UnsupportedModuleError
 from ntk_lazy.model import FunctionalModel
+from ntk_lazy.out_of_memory import refuse_out_of_memory
 from ntk_lazy.widened import HALF, coarsest
 
 
@@ -98,10 +100,9 @@ class Arithmetic(Watch):
             raise self._refusal(worst, "which leaves no more than a digit of a derivative")
         try:
             wider = replace(model, is_widened=True)
-            wide = replace(wider, has_private_buffers=True)(model.params, x)
-        except torch.OutOfMemoryError:
-            raise
+            wide = outputs(replace(wider, has_private_buffers=True), x)
         except (*TRANSFORM_ERRORS, AssertionError) as error:
+            refuse_out_of_memory(error)
             what = f"and fails where it is not ({type(error).__name__}: {first_line(error)})"
         else:
             # Rounding of a deep network is far below the root of eps, and another function far above.
@@ -146,7 +147,8 @@ def _lies_in(addresses: set[int], given: Any) -> bool:
 
 
 def _address(tensor: Tensor) -> int:
-    return 0 if tensor._is_zerotensor() else tensor.untyped_storage().data_ptr()
+    # By identity: an address is not to be had of the tensors that transforms of functions wrap.
+    return 0 if tensor._is_zerotensor() else id(tensor.untyped_storage())
 
 
 def _name(dtype: torch.dtype) -> str:

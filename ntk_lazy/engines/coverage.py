@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ntk_lazy.engines.graph import Edge, Placement, edges, largest, output_gradients
-from ntk_lazy.engines.linearisation import example_gradients
+from ntk_lazy.engines.linearisation import example_gradients, with_graph
 from ntk_lazy.engines.matches import Matches
 from ntk_lazy.engines.rounding import noise
 from ntk_lazy.engines.rules import use_of
@@ -104,7 +104,7 @@ class Coverage:
                     raise FactorMismatchError
                 found[edge.name].append(use.at(slice(num_examples)))
 
-        _with_graph(model, x, keep)
+        with_graph(model, x, keep)
         return found
 
     @classmethod
@@ -114,17 +114,20 @@ class Coverage:
         x: Tensor,
         *,
         cotangents: Float[Tensor, "q C"],
-        agrees: Callable[[str, Float[Tensor, "b q p"]], bool],
+        mixture: Float[Tensor, "b q"],
+        agrees: Callable[[str, Float[Tensor, " p"]], bool],
     ) -> Coverage:
         """Look for factors and check them.
 
         Args:
             model: The model.
             x: A few examples.
-            cotangents: Rows of J to compare.
-            agrees: Compares rows of J of one parameter, made from factors, with what plain autograd gave.
+            cotangents: Rows of J of each example.
+            mixture: What each row of each example is multiplied with in the sum of all that is compared. Where a factor
+                belongs to another example or another row, or is missing, the sum of such different shares is another.
+            agrees: Compares this sum for one parameter, made from factors, with what plain autograd gave.
 
-        Cost: about a dozen passes over ``x``.
+        Cost: a forward pass and ``q + 1`` backward passes that form no gradient of a parameter.
         """
         uses: dict[str, list[Use]] = {}
         uncovered: dict[str, str] = {}
@@ -136,15 +139,22 @@ class Coverage:
                 else:
                     uses.setdefault(edge.name, []).append(use)
 
-        _with_graph(model, x, explore)
+        with_graph(model, x, explore)
         for name, found in uses.items():
-            if name not in uncovered and not agrees(name, sum(use.rows() for use in found)):  # type: ignore[arg-type]
+            if name in uncovered:
+                continue
+            total = torch.zeros(1, model.params[name].numel(), dtype=model.dtype, device=model.device)
+            for use in found:
+                use.pull(mixture.to(model.dtype).unsqueeze(2), total)
+            if not agrees(name, total.squeeze(0)):
                 uncovered[name] = "its factors disagree with autograd"
         for name in model.params.keys() - uses.keys() - uncovered.keys():
             uncovered[name] = "it does not reach the output of the first examples"
         # A weight and its bias have the same gradients, which are held once.
         counted: set[int] = set()
-        covered = {name: _cost(found, x.shape[0], counted) for name, found in uses.items() if name not in uncovered}
+        sizes = {name: p.numel() for name, p in model.params.items()}
+        rows = x.shape[0], cotangents.shape[0]
+        covered = {n: _cost(found, sizes[n], rows, counted) for n, found in uses.items() if n not in uncovered}
         return cls(covered, uncovered)
 
 
@@ -199,22 +209,9 @@ def _gradients(output: Tensor, used: list[Edge], cotangents: Tensor) -> list[Ten
     return [by_node[id(edge.node)] for edge in used]
 
 
-def _with_graph(model: FunctionalModel, x: Tensor, then: Callable[[Tensor, dict[str, Tensor]], None]) -> None:
-    """Run the model with a graph over its parameters."""
-    leaves = {name: p.detach().requires_grad_() for name, p in model.params.items()}
-    fixed = replace(model, constants=_detached(model.constants))
-    with torch.enable_grad():
-        fixed.evaluate(leaves, x.detach(), lambda output: then(output, leaves))
-
-
-def _detached(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: t.detach() for name, t in tensors.items()}
-
-
-def _cost(uses: list[Use], num_examples: int, counted: set[int]) -> LayerCost:
-    """Measure what is held, leaving out what was counted before."""
-    rows = uses[0].rows(slice(0, 1))
-    q = rows.shape[1]
+def _cost(uses: list[Use], num_params: int, rows: tuple[int, int], counted: set[int]) -> LayerCost:
+    """Measure what is held for so many examples and rows of each, leaving out what was counted before."""
+    num_examples, q = rows
     sources = gradients = 0
     for use in uses:
         source, gradient = use.held
@@ -224,10 +221,10 @@ def _cost(uses: list[Use], num_examples: int, counted: set[int]) -> LayerCost:
     layers = [layer for layer in (u.inner if isinstance(u, Within) else u for u in uses) if isinstance(layer, Outer)]
     table = Matches.of([uses])
     return LayerCost(
-        num_params=rows.shape[2],
+        num_params=num_params,
         source_bytes=-(-sources // num_examples),
         gradient_bytes=-(-gradients // (num_examples * q)),
         num_positions=max((layer.G.shape[2] for layer in layers), default=1),
-        num_outputs=max((layer.G.shape[3] for layer in layers), default=rows.shape[2]),
-        num_matched=rows.shape[2] if table is None else min(rows.shape[2], table.pair_flops),
+        num_outputs=max((layer.G.shape[3] for layer in layers), default=num_params),
+        num_matched=num_params if table is None else min(num_params, table.pair_flops),
     )

@@ -7,7 +7,7 @@ of the originals, or a tensor whose graph leads to them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, final
 
 import torch
@@ -48,16 +48,21 @@ class OriginalsWatch(Watch):
         for leaf in tree_leaves((args, kwargs)):
             if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
                 self.touched |= self._names.get(leaf.untyped_storage().data_ptr(), set())
-                if leaf.grad_fn is not None and id(leaf.grad_fn) not in self._known:
-                    self._known[id(leaf.grad_fn)] = leaf.grad_fn
-                    self.touched |= set(self._reached(leaf))
+                self._follow(leaf.grad_fn)
         return func(*args, **(kwargs or {}))
 
-    def _reached(self, tensor: Tensor) -> Iterator[str]:
-        for node in nodes(tensor):
-            name = self._variables.get(id(getattr(node, "variable", None)))
+    def _follow(self, node: Any) -> None:
+        """Look for originals behind a node of a graph, at each node once in all."""
+        stack = [node]
+        while stack:
+            one = stack.pop()
+            if one is None or id(one) in self._known:
+                continue
+            self._known[id(one)] = one
+            name = self._variables.get(id(getattr(one, "variable", None)))
             if name is not None:
-                yield name
+                self.touched.add(name)
+            stack.extend(child for child, _ in one.next_functions)
 
 
 def refuse_unreached(output: Tensor, leaves: Mapping[str, Tensor]) -> None:

@@ -1,66 +1,17 @@
-"""How many bytes a computation holds, as a function of how many examples and columns go through it at once.
-
-Activations, tangents and temporaries live and die inside autograd and cannot be read off a module. They are counted
-where they are made: every operator call reports its results, and the death of a storage is seen as it happens.
-"""
+"""How many bytes a computation holds, as a function of how many examples and columns go through it at once."""
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Self, final
+from typing import Self, final
 
 import numpy as np
-import torch
 from jaxtyping import Float64
-from torch import Tensor
-from torch.utils._pytree import tree_leaves
-from typing_extensions import override
 
-from ntk_lazy.engines.watch import Watch
+from ntk_lazy.engines.live_bytes import LiveBytes
 
 _POINTS = ((2, 2), (4, 2), (2, 4), (4, 4))
-
-
-@final
-class _LiveBytes(Watch):
-    """Record the bytes of all living results after each operator call.
-
-    Convolutions bring their operands and their result into a blocked layout of their own while they run: they count
-    once more.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.trace: list[int] = []
-        self._living: dict[int, weakref.ref[Any]] = {}
-        self._total = 0
-
-    @override
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self._admit(leaf.untyped_storage())
-        workspace = 0
-        if "convolution" in str(func):
-            workspace = sum(t.nbytes for t in tree_leaves((args, kwargs, result)) if isinstance(t, Tensor))
-        self.trace.append(self._total + workspace)
-        return result
-
-    def _admit(self, storage: torch.UntypedStorage) -> None:
-        key = id(storage)
-        if key in self._living:
-            return
-        size = storage.nbytes()
-
-        def forget(_: Any, key: int = key, size: int = size) -> None:
-            del self._living[key]
-            self._total -= size
-
-        self._living[key] = weakref.ref(storage, forget)
-        self._total += size
 
 
 @final
@@ -82,7 +33,7 @@ class Footprint:
         return int((self.steps @ np.array([1, examples, columns, examples * columns])).max())
 
     @classmethod
-    def assume(cls, *, activation_bytes: int, parameter_bytes: int) -> Self:
+    def by_column(cls, *, activation_bytes: int, parameter_bytes: int) -> Self:
         """Bound a computation that goes column by column: three times what one backward pass needs."""
         a, p = 3 * activation_bytes, 3 * parameter_bytes
         return cls(np.array([[p, a, p, 0]], dtype=np.float64))
@@ -98,6 +49,25 @@ class Footprint:
         return cls(np.array([[2.0 * p, 2.0 * a, 1.8 * p, 1.4 * a]]))
 
     @classmethod
+    def vectorised(
+        cls, *, activation_bytes: int, largest_bytes: int, parameter_bytes: int, largest_parameter_bytes: int
+    ) -> Self:
+        """Predict a computation that goes through all columns at once, as ``measure`` found it on many networks.
+
+        Forward mode and the backward pass hold up to five of the largest results for each example and column, beside
+        what the graph keeps; the gradients are there twice when they are added up, and that of the largest parameter
+        once more while it is made.
+
+        Args:
+            activation_bytes: Kept by the graph, for an example.
+            largest_bytes: Of the largest result, for an example.
+            parameter_bytes: Of all parameters.
+            largest_parameter_bytes: Of the largest of them.
+        """
+        a, t, p = activation_bytes, largest_bytes, parameter_bytes
+        return cls(np.array([[p, a + 3 * t, 2 * p + largest_parameter_bytes, 5 * t]], dtype=np.float64))
+
+    @classmethod
     def measure(cls, run: Callable[[int, int], object]) -> Self | None:
         """Watch ``run(examples, columns)`` at four small sizes.
 
@@ -108,7 +78,7 @@ class Footprint:
         """
         traces = []
         for examples, columns in _POINTS:
-            with _LiveBytes() as live:
+            with LiveBytes() as live:
                 run(examples, columns)
             traces.append(live.trace)
         if len({len(trace) for trace in traces}) != 1:

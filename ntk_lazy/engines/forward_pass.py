@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Self, TypeAlias, final
+from typing import Self, cast, final
 
 import numpy as np
 import torch
@@ -14,37 +14,53 @@ from torch import Tensor
 
 from ntk_lazy.engines import suspects
 from ntk_lazy.engines.arithmetic import Arithmetic
-from ntk_lazy.engines.exchange import OriginalsWatch
+from ntk_lazy.engines.exchange import OriginalsWatch, refuse_unreached
+from ntk_lazy.engines.flops import FlopCount
+from ntk_lazy.engines.linearisation import Tangents, with_graph
+from ntk_lazy.engines.live_bytes import LiveBytes
 from ntk_lazy.engines.perturbed import MeasuredRounding
 from ntk_lazy.engines.rounding import Rounding, largest
 from ntk_lazy.engines.suspects import Call, EmbeddingWatch, named
+from ntk_lazy.engines.writes import (
+    Writes,
+    WriteWatch,
+    not_settled,
+    refuse_made_parameters,
+    refuse_written_parameters,
+    written_parameter,
+)
 from ntk_lazy.errors import NonFiniteError, ShapeError, UnsupportedModuleError
 from ntk_lazy.model import FunctionalModel
 from ntk_lazy.module_state import ModuleState
+from ntk_lazy.out_of_memory import refuse_out_of_memory
 from ntk_lazy.widened import HALF
 
 # A rare event (dropout with a small p) must show in one of these.
 _TRIALS_OF_RANDOM_MODELS = 8
-# Output, another one, names of buffers that were written to, whether anything was, whether numbers were drawn.
-_Seen: TypeAlias = tuple[Tensor, Tensor | None, list[str], bool, bool]
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class ForwardPass:
-    """What one forward pass returned and did; it ran on private copies of all tensors.
+    """What one forward pass returned and did, with a graph, as reverse mode runs it.
+
+    Buffers were private copies. Parameters were the user's own: a write to one is refused before it is done.
 
     Attributes:
         copy: The model on these copies; its buffers are as the last application left them.
         x: The examples.
-        output: Shape ``(b, C)``, finite and real.
-        again: What another application returned, before anything was put back; None if there was none.
+        output: Shape ``(b, C)``, finite and real, without its graph.
+        again: What another application to the examples in opposite order returned, in the order of ``output``.
         calls: The modules that were called.
         embeddings: What was noticed about embeddings.
         written_buffers: Names of the buffers that were written to.
         is_writing: Whether these, or tensors in attributes, were written to.
         draws_numbers: Whether random numbers were drawn.
         touched: Names of parameters whose originals were used, and not their copies.
+        flops: Operations for one example, as far as they can be counted.
+        is_counted: Whether all of them can.
+        activation_bytes: What the graph keeps for the backward pass of one example, beside parameters and output.
+        largest_bytes: Of the largest result on the way, for one example.
         rounding: What rounding may do to outputs and gradients, by their size.
         measured: What it really does, should that be more.
         arithmetic: The precision that was computed in.
@@ -53,96 +69,123 @@ class ForwardPass:
     copy: FunctionalModel
     x: Tensor
     output: Tensor
-    again: Tensor | None
+    again: Tensor
     calls: list[Call]
     embeddings: EmbeddingWatch
     written_buffers: list[str]
     is_writing: bool
     draws_numbers: bool
     touched: set[str]
+    flops: float
+    is_counted: bool
+    activation_bytes: int
+    largest_bytes: int
     rounding: Rounding
     measured: MeasuredRounding
     arithmetic: Arithmetic
 
     @classmethod
-    def run(cls, model: FunctionalModel, x: Tensor, *, is_repeated: bool = False) -> Self:
-        """Apply the model, and refuse what has no derivative.
+    def run(cls, model: FunctionalModel, x: Tensor, then: Callable[[Tensor, Tangents], None] | None = None) -> Self:
+        """Apply the model twice, watch it the first time, and refuse what has no derivative.
 
         Args:
             model: The model.
-            x: Examples.
-            is_repeated: Whether it is applied twice in a row.
+            x: A few examples.
+            then: Called with the outputs and the leaves of the graph, while it is there.
 
         Raises:
             NonFiniteError: The output for an example is not finite.
             ShapeError: No outputs, or examples that are not the first dimension.
-            UnsupportedModuleError: A parameter was written to, or the outputs are not real numbers.
+            UnsupportedModuleError: A parameter is written to, or none reaches the outputs, or these are not real.
         """
-        copy = replace(
-            model,
-            params={name: p.detach().clone() for name, p in model.params.items()},
-            constants={name: t.detach().clone() for name, t in model.constants.items()},
-            has_private_buffers=False,
-        )
+        leaves = {name: p.detach().clone().requires_grad_() for name, p in model.params.items()}
+        constants = {name: t.detach() for name, t in model.constants.items()}
+        constants |= {name: constants[name].clone() for name in model.buffer_names}
+        copy = replace(model, params=leaves, constants=constants, has_private_buffers=False)
+        fixed = {name: t for name, t in constants.items() if name not in model.buffer_names}
+        writes = WriteWatch(fixed, lambda name: written_parameter(model, name))
         running: list[Call] = []
-        arithmetic = Arithmetic(copy.params.values(), x, running)
-        touched: set[str] = set()
+        arithmetic = Arithmetic(leaves.values(), x, running)
+        own = model.own_params(model.params)
         with (
             suspects.recorded_calls(model.call.module, running) as calls,
-            EmbeddingWatch(copy.constants.values()) as embeddings,
+            EmbeddingWatch(constants.values()) as embeddings,
         ):
 
             def look(call: Callable[[Tensor], Tensor], state: ModuleState) -> _Seen:
-                states, writes, watch = _random_states(x), _Writes(copy, model), OriginalsWatch(own)
-                with watch, arithmetic:
-                    output = _apply(call, x)
-                touched.update(watch.touched)
-                num_calls, draws = len(calls), states != _random_states(x)
-                _refuse_made_parameters(model, copy)
-                written = writes.names()
-                _refuse_written_parameters(
+                states, marks, watch = _random_states(x), Writes(copy, model), OriginalsWatch(own)
+                flops, live = FlopCount(), LiveBytes((*leaves.values(), *constants.values(), x))
+                with watch, live, flops, writes, arithmetic, torch.enable_grad():
+                    output = _apply(model, call, x)
+                draws, saved = states != _random_states(x), live.total - live.bytes_of(output)
+                num_calls = len(calls)
+                if writes.found is not None:
+                    raise written_parameter(model, writes.found)
+                refuse_made_parameters(model, copy)
+                written = marks.names()
+                refuse_written_parameters(
                     copy, [name for name in written if name not in model.buffer_names], calls, lambda: call(x)
                 )
-                _check_output(output)
-                again = call(x) if is_repeated else None
+                _check_output(output.detach())
+                refuse_unreached(output, leaves)
+                if then is not None:
+                    then(output, leaves)
+                seen = _Seen(
+                    output=output.detach(),
+                    written=written,
+                    is_writing=bool(written) or state.is_written_to,
+                    draws=draws,
+                    touched=watch.touched,
+                    flops=flops,
+                    activation_bytes=-(-saved // x.shape[0]),
+                    largest_bytes=-(-live.largest // x.shape[0]),
+                )
+                del output  # and its graph
+                with torch.enable_grad():
+                    seen = replace(seen, again=call(x.flip(0)).detach().flip(0))
                 del calls[num_calls:]
-                return output, again, written, bool(written) or state.is_written_to, draws
+                return seen
 
-            own = model.own_params(model.params)
-            copy, (output, again, written, is_writing, draws) = _in_a_row(copy, look)
-        wider = arithmetic.widen(copy, x, output, is_random=draws)
-        if wider is not copy:
-            copy = wider
-            output, again = copy.in_a_row(lambda call, _: (call(x), call(x) if is_repeated else None))
-        rounding = Rounding.of((*copy.params.values(), output))
-        measured = MeasuredRounding(replace(model, is_widened=copy.is_widened), x, coarsest=arithmetic.coarsest)
+            copy, seen = _in_a_row(copy, look)
+        if arithmetic.widen(copy, x, seen.output, is_random=seen.draws).is_widened != copy.is_widened:
+            wide = cls.run(replace(model, is_widened=True), x, then)
+            return replace(wide, measured=wide.measured.at(x, coarsest=arithmetic.coarsest), arithmetic=arithmetic)
+        # The copies of the parameters have done their work: a kernel that holds this holds none.
+        params = {name: p.detach() for name, p in model.params.items()}
         return cls(
-            copy=copy,
+            copy=replace(copy, params=params),
             x=x,
-            output=output,
-            again=again,
+            output=seen.output,
+            again=cast(Tensor, seen.again),
             calls=calls,
             embeddings=embeddings,
-            written_buffers=written,
-            is_writing=is_writing,
-            draws_numbers=draws,
-            touched=touched,
-            rounding=rounding,
-            measured=measured,
+            written_buffers=seen.written,
+            is_writing=seen.is_writing,
+            draws_numbers=seen.draws,
+            touched=seen.touched,
+            flops=seen.flops.total / x.shape[0],
+            is_counted=seen.flops.is_complete,
+            activation_bytes=seen.activation_bytes,
+            largest_bytes=seen.largest_bytes,
+            rounding=Rounding.of((*leaves.values(), seen.output)),
+            measured=MeasuredRounding(replace(model, is_widened=copy.is_widened), x, coarsest=arithmetic.coarsest),
             arithmetic=arithmetic,
         )
+
+    def apart(self) -> Self:
+        """The same with examples of its own, which hold no others."""
+        x = self.x.clone()
+        return replace(self, x=x, measured=self.measured.at(x))
 
     @property
     def writes_buffers(self) -> bool:
         """Whether a call needs its own copies of the buffers, and of tensors in attributes."""
         return self.is_writing
 
-    def check_is_settled(self, example: int) -> None:
-        """Raise if the output for one example alone is that in the batch once the model has seen the batch."""
-        alone = self.x[example : example + 1]
-        expected = self.output[example : example + 1]
-        found = self.copy.in_a_row(lambda call, _: (call(self.x), call(alone))[1])
-        if not self.has_other_outputs(found, expected):
+    def check_is_settled(self, part: slice) -> None:
+        """Raise if the outputs for some of the examples are those in the batch once the model has seen the batch."""
+        found = self._in_a_row([self.x, self.x[part]])[1]
+        if not self.has_other_outputs(found, self.output[part]):
             raise not_settled("what it makes of its first examples changes the output of later ones")
 
     def has_other_outputs(self, found: Tensor, expected: Tensor) -> bool:
@@ -161,7 +204,10 @@ class ForwardPass:
         return self.rounding.separates(found, expected, scale=scale, measured=lambda: self.measured.gradients)
 
     def check_determinism(self) -> None:
-        """Compare with another application, to the module as the first one left it; raise if it returned otherwise."""
+        """Compare with another application, to the module as the first one left it; raise if it returned otherwise.
+
+        It had the examples in the opposite order, on which nothing must depend either.
+        """
         drawing = suspects.random_modules(self.calls)
         if drawing:
             raise UnsupportedModuleError(
@@ -169,25 +215,53 @@ class ForwardPass:
                 "the same kernel. Call model.eval() first."
             )
         trials = _TRIALS_OF_RANDOM_MODELS - 1 if self.draws_numbers else 0
-        more = (self.copy(self.copy.params, self.x) for _ in range(trials))
-        first = [] if self.again is None else [self.again]
-        if not any(self.has_other_outputs(output, self.output) for output in chain(first, more)):
+        more = (self._again(self.x) for _ in range(trials))
+        if not any(self.has_other_outputs(output, self.output) for output in chain([self.again], more)):
             return
         if not self.draws_numbers:
-            _, second, third = self.copy.in_a_row(lambda call, _: [call(self.x) for _ in range(3)])
-            if not self.has_other_outputs(third, second):
+            _, second, third = self._in_a_row([self.x] * 3)
+            if self.has_other_outputs(second, self.output) and not self.has_other_outputs(third, second):
                 raise not_settled("it returns something else than the second, for the same examples")
-            if self.written_buffers:
-                owners = suspects.owners_of(self.calls, self.written_buffers)
-                raise UnsupportedModuleError(
-                    "two applications of the model to the same examples differ, because "
-                    f"{named(owners)} writes to buffer {self.written_buffers[0]!r}. Call model.eval() first, or take "
-                    "that out of the forward pass."
-                )
+        if not any(self.has_other_outputs(self._again(self.x), self.output) for _ in range(_TRIALS_OF_RANDOM_MODELS)):
+            raise suspects.coupled(self.calls, "the output for an example depends on its place in the batch")
+        if self.written_buffers and not self.draws_numbers:
+            owners = suspects.owners_of(self.calls, self.written_buffers)
+            raise UnsupportedModuleError(
+                f"two applications of the model to the same examples differ, because {named(owners)} writes to buffer "
+                f"{self.written_buffers[0]!r}. Call model.eval() first, or take that out of the forward pass."
+            )
         raise UnsupportedModuleError(
             "two applications of the model to the same examples differ: its forward pass is random or keeps state. "
             "Call model.eval() first, or take that out of the forward pass."
         )
+
+    def _again(self, x: Tensor) -> Tensor:
+        return with_graph(self.copy, x, lambda output, _: output.detach())
+
+    def _in_a_row(self, batches: list[Tensor]) -> list[Tensor]:
+        """Apply the model to one batch after the other, without anything put back between."""
+
+        def run(call: Callable[[Tensor], Tensor], _: ModuleState) -> list[Tensor]:
+            with torch.enable_grad():
+                return [call(x).detach() for x in batches]
+
+        return self.copy.in_a_row(run)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class _Seen:
+    """What a forward pass showed; see ``ForwardPass``."""
+
+    output: Tensor
+    written: list[str]
+    is_writing: bool
+    draws: bool
+    touched: set[str]
+    flops: FlopCount
+    activation_bytes: int
+    largest_bytes: int
+    again: Tensor | None = None
 
 
 def _in_a_row(
@@ -196,9 +270,8 @@ def _in_a_row(
     """Apply a model; one with parameters in half precision, which are widened, may need its own casts widened too."""
     try:
         return model, model.in_a_row(look)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError:
+    except RuntimeError as error:
+        refuse_out_of_memory(error)
         module = model.call.module
         if model.is_widened or module is None or not any(p.dtype in HALF for p in module.parameters()):
             raise
@@ -206,37 +279,7 @@ def _in_a_row(
         return model, model.in_a_row(look)
 
 
-def not_settled(what: str) -> UnsupportedModuleError:
-    """Say what the first call of a module does that later ones do not."""
-    return UnsupportedModuleError(
-        f"the model initialises itself in its first call: {what}. Call it once, on a batch like those that it is made "
-        "for, before you ask for its kernel."
-    )
-
-
-class _Writes:
-    """Which tensors of a copy are no longer those of the model."""
-
-    def __init__(self, copy: FunctionalModel, model: FunctionalModel) -> None:
-        self._originals = model.params | model.constants
-        self._tensors = copy.params | copy.constants
-        self._versions = {name: t._version for name, t in self._tensors.items()}
-
-    def names(self) -> list[str]:
-        """List those that were written to; what is written through ``.data`` shows in the numbers alone."""
-        return [
-            name
-            for name, t in self._tensors.items()
-            if t._version != self._versions[name] or not _is_same(t, self._originals[name])
-        ]
-
-
-def _is_same(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors hold the same numbers; a NaN is one."""
-    return torch.equal(one, other) or torch.equal(one.nan_to_num(0.5, 1.5, 2.5), other.nan_to_num(0.5, 1.5, 2.5))
-
-
-def _apply(call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def _apply(model: FunctionalModel, call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     try:
         return call(x)
     except ValueError as error:
@@ -246,34 +289,11 @@ def _apply(call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
                 "first; with track_running_stats=False, set that to True, or use GroupNorm or LayerNorm."
             ) from error
         raise
-
-
-def _refuse_made_parameters(model: FunctionalModel, copy: FunctionalModel) -> None:
-    """Refuse a module that has other parameters after its first call than before."""
-    if model.call.module is None:
-        return
-    now = dict(model.call.module.named_parameters())
-    known = copy.params | copy.constants
-    made = [name for name, p in now.items() if name not in known or p is not known[name]]
-    if made:
-        raise not_settled(f"it makes parameter {made[0]!r}")
-
-
-def _refuse_written_parameters(
-    copy: FunctionalModel, names: list[str], calls: list[Call], call: Callable[[], Tensor]
-) -> None:
-    if not names:
-        return
-    owners, first = named(suspects.owners_of(calls, names)), replace(copy, params={n: copy.params[n] for n in names})
-    before = replace(first, params={name: p.clone() for name, p in first.params.items()}, constants={})
-    writes = _Writes(replace(first, constants={}), before)
-    call()
-    if not writes.names():
-        raise not_settled(f"{owners} writes to parameter {names[0]!r}")
-    raise UnsupportedModuleError(
-        f"the forward pass of {owners} writes to parameter {names[0]!r}, so that there is no point to differentiate "
-        "at. An embedding with max_norm does so: renormalise its weight once and set max_norm=None."
-    )
+    except RuntimeError as error:
+        # Of autograd, where a parameter is written to outside of no_grad.
+        if "leaf Variable that requires grad" in str(error) and "in-place" in str(error):
+            raise written_parameter(model, None) from error
+        raise
 
 
 def _check_output(output: Tensor) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cached_property
 from typing import Literal, TypeAlias, TypeVar, final
 
@@ -20,6 +21,9 @@ Cotangents: TypeAlias = Float[Tensor, "columns examples outputs"]
 Tangents: TypeAlias = dict[str, Tensor]
 LinearisationMode: TypeAlias = Literal["forward-over-reverse", "double-reverse", "reverse by rows"]
 Result = TypeVar("Result")
+
+
+_WANTS_GRAPH = "does not require grad"  # says torch.autograd.grad, called in a forward pass without a graph
 
 
 class Linearisation(ABC):
@@ -79,28 +83,35 @@ class PlainReverse(Linearisation):
     @override
     def pull(self, U: Cotangents) -> Tangents:
         leaves = self._leaves()
+        if torch.is_grad_enabled():
+            return self._evaluate(leaves, lambda output: self._columns_with_graph(output, leaves, U))
+        pulled: Tangents = {}
 
-        def columns(output: Tensor) -> list[tuple[Tensor | None, ...]]:
-            if not output.requires_grad:  # none of them is used
-                return [(None,) * len(leaves)] * len(U)
-            return [self._gradients(output, leaves, u) for u in U]
+        def columns(output: Tensor) -> None:
+            for i, u in enumerate(U):
+                for name, g in gradients(output, leaves, u, retain_graph=i + 1 < len(U)).items():
+                    if len(U) == 1:
+                        pulled[name] = g.unsqueeze(0)
+                        continue
+                    # Each column into its place: a stack of all would be there twice.
+                    place = pulled.get(name)
+                    if place is None:
+                        pulled[name] = place = g.new_zeros(len(U), *g.shape)
+                    place[i] = g
 
-        pulled = zip(*self._evaluate(leaves, columns), strict=True)
+        self._evaluate(leaves, columns)
         return {
-            name: torch.stack([torch.zeros_like(p) if g is None else g for g in grads])
-            for (name, p), grads in zip(self.model.params.items(), pulled, strict=True)
+            name: pulled[name] if name in pulled else p.new_zeros(len(U), *p.shape)
+            for name, p in self.model.params.items()
         }
 
     @staticmethod
-    def _gradients(output: Tensor, leaves: Tangents, u: Tensor) -> tuple[Tensor | None, ...]:
-        return torch.autograd.grad(
-            output,
-            list(leaves.values()),
-            u,
-            retain_graph=True,
-            allow_unused=True,
-            create_graph=torch.is_grad_enabled(),
-        )
+    def _columns_with_graph(output: Tensor, leaves: Tangents, U: Cotangents) -> Tangents:
+        pulled = [gradients(output, leaves, u, retain_graph=True, create_graph=True) for u in U]
+        return {
+            name: torch.stack([torch.zeros_like(p) if name not in column else column[name] for column in pulled])
+            for name, p in leaves.items()
+        }
 
     def _leaves(self) -> Tangents:
         """The parameters, with a graph to hang on; outside an outer graph they are cut off from the user's."""
@@ -161,7 +172,7 @@ class DoubleReverse(PlainReverse):
 class ReverseByRows(PlainReverse):
     """Reverse mode once, for modules whose backward pass has no derivative: J w is ``⟨row, w⟩`` for each row of J.
 
-    Cost: for each example by itself a forward pass and C backward passes, and C parameter vectors at a time.
+    Cost: for each example by itself a forward pass and C backward passes, and a parameter vector at a time.
     """
 
     @override
@@ -173,11 +184,9 @@ class ReverseByRows(PlainReverse):
 
         def columns(output: Tensor) -> Tensor:
             pushed = output.new_zeros(_num_columns(W), output.shape[1])
-            if not output.requires_grad:
-                return pushed
             for c, unit in enumerate(torch.eye(output.shape[1], dtype=output.dtype, device=output.device)):
-                rows = zip(leaves, self._gradients(output, leaves, unit.unsqueeze(0)), strict=True)
-                parts = [W[name].flatten(1) @ row.flatten() for name, row in rows if row is not None]
+                row = gradients(output, leaves, unit.unsqueeze(0), retain_graph=True)
+                parts = [W[name].flatten(1) @ g.flatten() for name, g in row.items()]
                 pushed[:, c] = torch.stack(parts).sum(0) if parts else 0
             return pushed
 
@@ -194,6 +203,49 @@ _LINEARISATIONS: dict[LinearisationMode, type[ForwardOverReverse] | type[DoubleR
 def linearisation(mode: LinearisationMode) -> type[ForwardOverReverse] | type[DoubleReverse] | type[ReverseByRows]:
     """The linearisation of a mode."""
     return _LINEARISATIONS[mode]
+
+
+def gradients(
+    output: Tensor,
+    leaves: Mapping[str, Tensor],
+    u: Tensor,
+    *,
+    retain_graph: bool = False,
+    create_graph: bool = False,
+) -> Tangents:
+    """Return the gradients of ``⟨u, output⟩`` in the leaves that reach it, by plain autograd."""
+    if not output.requires_grad:
+        return {}
+    found = torch.autograd.grad(
+        output, list(leaves.values()), u, retain_graph=retain_graph, create_graph=create_graph, allow_unused=True
+    )
+    return {name: g for name, g in zip(leaves, found, strict=True) if g is not None}
+
+
+def with_graph(model: FunctionalModel, x: Tensor, then: Callable[[Tensor, Tangents], Result]) -> Result:
+    """Run a model with a graph over its parameters, cut off from the user's, and return ``then(outputs, leaves)``."""
+    leaves = {name: p.detach().requires_grad_() for name, p in model.params.items()}
+    fixed = replace(model, constants={name: t.detach() for name, t in model.constants.items()})
+    with torch.enable_grad():
+        return fixed.evaluate(leaves, x.detach(), lambda output: then(output, leaves))
+
+
+def outputs(model: FunctionalModel, x: Tensor, params: Tangents | None = None) -> Tensor:
+    """Evaluate a model without a graph, which only a model gets that differentiates in its forward pass, meanwhile.
+
+    Args:
+        model: The model.
+        x: Examples.
+        params: Parameters in the place of the model's.
+    """
+    model = model if params is None else replace(model, params=params)
+    try:
+        with torch.no_grad():
+            return model(model.params, x)
+    except RuntimeError as error:
+        if _WANTS_GRAPH not in str(error):
+            raise
+    return with_graph(model, x, lambda output, _: output.detach())
 
 
 def example_gradients(model: FunctionalModel, x: Tensor, cotangents: Float[Tensor, "rows outputs"]) -> Tangents:

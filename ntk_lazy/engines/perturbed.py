@@ -26,11 +26,12 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
-from ntk_lazy.engines.linearisation import DoubleReverse, Tangents
+from ntk_lazy.engines.linearisation import DoubleReverse, Tangents, outputs
 from ntk_lazy.engines.rounding import largest, noise
 from ntk_lazy.engines.suspects import TRANSFORM_ERRORS
 from ntk_lazy.engines.watch import Watch
 from ntk_lazy.model import FunctionalModel, generators_kept
+from ntk_lazy.out_of_memory import refuse_out_of_memory
 
 # One error for each entry is less than a sum over many terms may collect: 100 covers sums of ten thousand terms added
 # one after the other, and the chance that errors of few entries cancel in both samples.
@@ -51,18 +52,23 @@ class MeasuredRounding:
         """Prepare for a model that computes on these examples in no coarser dtype than that."""
         self._model = replace(model, has_private_buffers=True)
         self._x = x
+        self._coarsest = coarsest
         self._magnification = torch.finfo(coarsest).eps ** -0.5
+
+    def at(self, x: Tensor, *, coarsest: torch.dtype | None = None) -> MeasuredRounding:
+        """The same at other examples, or for another dtype."""
+        return MeasuredRounding(self._model, x, coarsest=coarsest or self._coarsest)
 
     @cached_property
     def outputs(self) -> float:
         """Bound on the rounding of an output; 0 where it cannot be measured."""
-        return self._measure(lambda model: {"": model(model.params, self._x)})
+        return self._measure(lambda model: {"": outputs(model, self._x)})
 
     @cached_property
     def gradients(self) -> float:
         """Bound on the rounding of an entry of ``Jᵀu`` for a standard normal u; 0 where it cannot be measured."""
-        with torch.no_grad(), generators_kept(self._x.device):
-            output = self._model(self._model.params, self._x)
+        with generators_kept(self._x.device):
+            output = outputs(self._model, self._x)
         u = noise((1, *output.shape), like=output, seed=5)
         return self._measure(lambda model: DoubleReverse(model, self._x).pull(u))
 
@@ -75,10 +81,8 @@ class MeasuredRounding:
                 found = max(changes) if all(change < torch.inf for change in changes) else torch.inf
                 if found < torch.inf:
                     return _SAFETY * found / magnification
-        except torch.OutOfMemoryError:
-            raise
-        except TRANSFORM_ERRORS:  # what is wrong shows without errors too, or is one that they make
-            pass
+        except TRANSFORM_ERRORS as error:
+            refuse_out_of_memory(error)  # else what is wrong shows without errors too, or is one that they make
         return 0.0
 
     def _change(
@@ -142,4 +146,5 @@ def _has_storage(leaf: Any) -> bool:
 
 
 def _storages(given: Any) -> set[int]:
-    return {leaf.untyped_storage().data_ptr() for leaf in tree_leaves(given) if _has_storage(leaf)}
+    # By identity: an address is not to be had of the tensors that transforms of functions wrap.
+    return {id(leaf.untyped_storage()) for leaf in tree_leaves(given) if _has_storage(leaf)}

@@ -1,12 +1,13 @@
 """The check before the first product: is J what it seems, and which way of multiplying with it works.
 
-A handful of examples goes through the model a dozen times. What comes out wrong there would come out wrong at
+A handful of examples goes through the model a few times. What comes out wrong there would come out wrong at
 full size without a word: dropout that changes between two passes, batch statistics, gradients that are dropped,
 derivatives whose forward and reverse modes disagree. Here it is an error that names the module and the cure.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import replace
 from functools import partial
@@ -18,20 +19,22 @@ from ntk_lazy.engines import suspects
 from ntk_lazy.engines.contract import PassTimes, Preflight
 from ntk_lazy.engines.coverage import Coverage
 from ntk_lazy.engines.derivatives import Derivatives, fault_of_second_derivatives, quiet
-from ntk_lazy.engines.exchange import refuse_other_ways, refuse_unreached
-from ntk_lazy.engines.flops import FlopCount
+from ntk_lazy.engines.exchange import refuse_other_ways
 from ntk_lazy.engines.forward_pass import ForwardPass
+from ntk_lazy.engines.independence import check_finite, check_independence, reverse
 from ntk_lazy.engines.linearisation import (
     DoubleReverse,
     LinearisationMode,
     Tangents,
     linearisation,
+    outputs,
 )
 from ntk_lazy.engines.rates import seconds
 from ntk_lazy.engines.rounding import largest, noise
-from ntk_lazy.engines.suspects import AS_ONE_EXAMPLE, LOOKUP_ERRORS, TRANSFORM_ERRORS, Call, named
+from ntk_lazy.engines.suspects import TRANSFORM_ERRORS, named
 from ntk_lazy.errors import NonFiniteError, UnsupportedModuleError
 from ntk_lazy.model import FunctionalModel
+from ntk_lazy.out_of_memory import refuse_out_of_memory
 
 _PROBES = 3
 _TIMED_BYTES, _TIMED_EXAMPLES, _TIMED_COLUMNS = 16 << 20, 64, 2  # as in a product: small ones pay for overheads
@@ -46,7 +49,8 @@ def check(model: FunctionalModel, x: Tensor) -> Preflight:
         model: The model at its parameters.
         x: A few examples, shape ``(b, ...)``; two at least let the independence of examples be tested.
 
-    Cost: About a dozen passes over ``x``; memory for up to ``8 + 2 b`` parameter vectors.
+    Cost: Five forward passes over ``x`` or parts of it, with backward passes behind four of them, and, for a model with
+        parameters that have no factors, those of ``Derivatives.of``; memory for 3 parameter vectors.
 
     Raises:
         NonFiniteError: A parameter, an output or a gradient is not finite.
@@ -56,7 +60,7 @@ def check(model: FunctionalModel, x: Tensor) -> Preflight:
     """
     _check_parameters(model)
     with quiet(x) as caught:
-        forward = ForwardPass.run(model, x, is_repeated=True)
+        forward, U, gradient = _forward_and_backward(model, x)
         forward.check_determinism()
         model = replace(
             model,
@@ -64,34 +68,57 @@ def check(model: FunctionalModel, x: Tensor) -> Preflight:
             keeps_generators=forward.draws_numbers,
             is_widened=forward.copy.is_widened,
         )
-        activation_bytes = _measure_activations(model, x)
-        with FlopCount() as counter:
-            model(model.params, x)
         _refuse_known(forward)
-        refuse_other_ways(model, forward.touched, x, _weighted_cotangents(forward.output)[:1], forward.rounding)
-        by_example = _check_independence(model, forward)
+        refuse_other_ways(model, forward.touched, x, U[None], forward.rounding)
+        if isinstance(gradient, UnsupportedModuleError):
+            raise gradient
+        check_finite(model, x, U, gradient)
+        check_independence(model, forward, U, gradient)
         _refuse_dropped_gradients(caught)
-        coverage = _find_factors(model, forward, by_example)
+        coverage = _find_factors(model, forward, gradient)
+        del gradient
         times = None
-        find = partial(Derivatives.of, model, x.clone(), activation_bytes)
+        apart = forward.apart()
+        find = partial(Derivatives.of, model, apart)
         if coverage.uncovered:
             derivatives = find()  # needed in any case: a model without any is better refused now
             find = partial(_same, derivatives)
-            if not counter.is_complete:
-                times = _time_passes(model, x, derivatives.mode, activation_bytes)
+            if not forward.is_counted:
+                times = _time_passes(model, x, derivatives.mode, forward.activation_bytes)
     return Preflight(
         find_derivatives=find,
-        find_second_fault=partial(fault_of_second_derivatives, model, x.clone()),
+        find_second_fault=partial(fault_of_second_derivatives, model, apart),
         num_outputs=forward.output.shape[1],
         writes_buffers=forward.writes_buffers,
         draws_numbers=forward.draws_numbers,
-        forward_flops=counter.total / x.shape[0],
+        forward_flops=forward.flops,
         times=times,
-        activation_bytes=activation_bytes,
+        activation_bytes=forward.activation_bytes,
         coverage=coverage,
         is_widened=model.is_widened,
         remarks=forward.arithmetic.remarks,
     )
+
+
+def _forward_and_backward(
+    model: FunctionalModel, x: Tensor
+) -> tuple[ForwardPass, Tensor, Tangents | UnsupportedModuleError]:
+    """Apply the model once, and take the gradient of a mixture of its outputs, another one for each example.
+
+    Returns:
+        The forward pass, the cotangents, and the gradient or why there is none: much is refused for other reasons.
+    """
+    found: list[tuple[Tensor, Tangents | UnsupportedModuleError]] = []
+
+    def look(output: Tensor, leaves: Tangents) -> None:
+        U = _mixture(x.shape[0], output) @ _cotangents(output)
+        try:
+            found.append((U, reverse(output, leaves, U)))
+        except UnsupportedModuleError as error:
+            found.append((U, error))
+
+    forward = ForwardPass.run(model, x, look)
+    return forward, *found[-1]  # casts may have been left out in a second pass
 
 
 def _same(derivatives: Derivatives) -> Derivatives:
@@ -101,27 +128,10 @@ def _same(derivatives: Derivatives) -> Derivatives:
 def _check_parameters(model: FunctionalModel) -> None:
     for name, tensor in (model.params | model.constants).items():
         # Buffers may hold infinities for good reasons: attention masks do.
-        if name not in model.buffer_names and tensor.is_floating_point() and not tensor.isfinite().all():
+        if name in model.buffer_names or not tensor.is_floating_point():
+            continue
+        if not math.isfinite(largest(tensor.detach())):
             raise NonFiniteError(f"parameter {name!r} holds a NaN or an infinity. Use an earlier checkpoint.")
-
-
-def _measure_activations(model: FunctionalModel, x: Tensor) -> int:
-    """Count the bytes that a forward pass keeps for the backward pass, by example; each storage once."""
-    leaves = {name: p.detach().requires_grad_() for name, p in model.params.items()}
-    model = replace(model, constants={name: t.detach() for name, t in model.constants.items()})
-    owned = {t.untyped_storage().data_ptr() for t in (*leaves.values(), *model.constants.values(), x)}
-    kept: dict[int, Tensor] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        address = tensor.untyped_storage().data_ptr()
-        if address not in owned:
-            kept[address] = tensor  # which also keeps the address from being used again
-        return tensor
-
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = model(leaves, x)
-    refuse_unreached(output, leaves)
-    return -(-sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) // x.shape[0])
 
 
 def _refuse_known(forward: ForwardPass) -> None:
@@ -145,81 +155,6 @@ def _refuse_known(forward: ForwardPass) -> None:
         raise UnsupportedModuleError(f"the gradients of {at_fault} are sparse tensors. Set sparse=False.")
 
 
-def _check_independence(model: FunctionalModel, forward: ForwardPass) -> list[Tangents]:
-    """Compare a batch with its single rows, in the outputs and in the gradients.
-
-    Returns:
-        For each example, ``_weight`` times its gradients along the two ``_cotangents``, each ``(2, *shape)``.
-    """
-    x, calls = forward.x, forward.calls
-    U = _weighted_cotangents(forward.output)
-    by_example = []
-    for i in range(x.shape[0]):
-        example = slice(i, i + 1)
-        try:
-            alone = model(model.params, x[example])
-        except (*TRANSFORM_ERRORS, *LOOKUP_ERRORS) as error:
-            what = f"the model takes a batch, but not one example alone ({suspects.first_line(error)})"
-            raise _coupled(calls, what) from error
-        if forward.has_other_outputs(alone, forward.output[example]):
-            forward.check_is_settled(i)
-            raise _coupled(calls, f"the output for example {i} alone differs from that in a batch of {x.shape[0]}")
-        by_example.append(_reverse(model, x[example], U[:, example]))
-        _check_gradient(by_example[-1], example=i)
-    together = _reverse(model, x, U)
-    scale = largest(*together.values())
-    for name, gradient in together.items():
-        if forward.has_other_gradients(torch.stack([g[name] for g in by_example]).sum(0), gradient, scale=scale):
-            raise _coupled(calls, f"the gradient of {name!r} over a batch is not the sum over its examples")
-    _check_unequal_rows(model, forward)
-    return by_example
-
-
-def _check_unequal_rows(model: FunctionalModel, forward: ForwardPass) -> None:
-    """Where all examples are the same, try once more with different ones: equal rows hide what couples them."""
-    x = forward.x
-    if x.shape[0] < 2 or not x.is_floating_point() or not (x == x[:1]).all():
-        return
-    factors = torch.linspace(0.5, 1.0, x.shape[0], dtype=x.dtype, device=x.device)
-    spread = x * factors.reshape(-1, *[1] * (x.ndim - 1))
-    output = model(model.params, spread)
-    for i in range(x.shape[0]):
-        alone = model(model.params, spread[i : i + 1])
-        if forward.has_other_outputs(alone, output[i : i + 1]):
-            raise _coupled(forward.calls, f"the output for one example differs from that in a batch of {x.shape[0]}")
-
-
-def _reverse(model: FunctionalModel, x: Tensor, U: Tensor) -> Tangents:
-    """Multiply with Jᵀ by plain autograd, which is what the kernel is defined by."""
-    try:
-        return DoubleReverse(model, x).pull(U)
-    except torch.OutOfMemoryError:
-        raise
-    except TRANSFORM_ERRORS as error:
-        raise UnsupportedModuleError(
-            f"torch.autograd.grad does not work on this model ({suspects.first_line(error)}). Reentrant activation "
-            "checkpointing is one cause: set use_reentrant=False."
-        ) from error
-
-
-def _check_gradient(gradient: Tangents, *, example: int) -> None:
-    for name, g in gradient.items():
-        if not g.isfinite().all():
-            raise NonFiniteError(
-                f"the gradient of {name!r} at example {example} holds a NaN or an infinity, with finite outputs. Look "
-                "for a square root or a norm at zero in the forward pass."
-            )
-
-
-def _coupled(calls: list[Call], what: str) -> UnsupportedModuleError:
-    time_first = suspects.time_first_modules(calls)
-    if time_first:
-        cure = f"The first dimension is time to {named(time_first)}: set batch_first=True."
-    else:
-        cure = f"Compute each example of dimension 0 by itself; where it squeezes, let it squeeze(-1). {AS_ONE_EXAMPLE}"
-    return UnsupportedModuleError(f"{what}. {cure}")
-
-
 def _refuse_dropped_gradients(caught: list[warnings.WarningMessage]) -> None:
     if any("Gradients will be None" in str(warning.message) for warning in caught):
         raise UnsupportedModuleError(
@@ -228,21 +163,25 @@ def _refuse_dropped_gradients(caught: list[warnings.WarningMessage]) -> None:
         )
 
 
-def _find_factors(model: FunctionalModel, forward: ForwardPass, by_example: list[Tangents]) -> Coverage:
-    """Find out for which parameters J can be had as factors, and check them against the gradients of each example."""
-    # Three examples, whatever there are: the place of the examples in a tensor does not show with one of them.
-    members = [i % len(by_example) for i in range(_PROBES)]
-    scale = max(largest(*g.values()) for g in by_example)
+def _find_factors(model: FunctionalModel, forward: ForwardPass, gradient: Tangents) -> Coverage:
+    """Find out for which parameters J can be had as factors, and check them against the gradient of the mixture."""
+    # Three examples at least: the place of the examples in a tensor does not show with one of them.
+    b = forward.x.shape[0]
+    members = [i % b for i in range(max(b, _PROBES))]
+    mixture = _mixture(len(members), forward.output)
+    mixture[b:] = 0  # the first ones again, which the gradient has once
+    scale = largest(*gradient.values())
 
-    def agrees(name: str, rows: Tensor) -> bool:
-        expected = torch.stack([by_example[i][name].reshape(2, -1) / _weight(i) for i in members])
-        return not forward.has_other_gradients(rows, expected.to(rows.dtype), scale=scale)
+    def agrees(name: str, total: Tensor) -> bool:
+        expected = gradient[name].reshape(-1) if name in gradient else torch.zeros_like(total)
+        return not forward.has_other_gradients(total, expected.to(total.dtype), scale=scale)
 
     try:
-        return Coverage.of(model, forward.x[members], cotangents=_cotangents(forward.output), agrees=agrees)
-    except torch.OutOfMemoryError:
-        raise
+        return Coverage.of(
+            model, forward.x[members], cotangents=_cotangents(forward.output), mixture=mixture, agrees=agrees
+        )
     except TRANSFORM_ERRORS as error:
+        refuse_out_of_memory(error)
         return Coverage({}, dict.fromkeys(model.params, suspects.first_line(error)))
 
 
@@ -255,7 +194,7 @@ def _time_passes(model: FunctionalModel, x: Tensor, mode: LinearisationMode, act
     """
     num_examples = min(max(x.shape[0], _TIMED_BYTES // max(activation_bytes, 1)), _TIMED_EXAMPLES)
     examples = x[torch.arange(num_examples, device=x.device) % x.shape[0]]
-    U = torch.ones_like(model(model.params, examples)).expand(_TIMED_COLUMNS, -1, -1)
+    U = torch.ones_like(outputs(model, examples)).expand(_TIMED_COLUMNS, -1, -1)
 
     def run() -> None:
         chunk = linearisation(mode)(model, examples)
@@ -272,12 +211,6 @@ def _cotangents(output: Tensor) -> Tensor:
     return noise((2, output.shape[1]), like=output, seed=1)
 
 
-def _weighted_cotangents(output: Tensor) -> Tensor:
-    """Return two cotangents for all examples, shape ``(2, b, C)``."""
-    weights = torch.tensor([_weight(i) for i in range(output.shape[0])]).to(output)
-    return _cotangents(output)[:, None, :] * weights[:, None]
-
-
-def _weight(example: int) -> float:
-    """Give each example another share of the cotangents, so that a sum over them cannot hide one for another."""
-    return 1 + example / 2
+def _mixture(num_examples: int, output: Tensor) -> Tensor:
+    """Give each example another share of the two cotangents, so that a sum cannot hide one for another."""
+    return noise((num_examples, 2), like=output, seed=4)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Self, final
 
@@ -12,6 +12,7 @@ from torch import Tensor
 # Rounding through a deep network stays under this many eps of the largest entry; the faults that are looked
 # for (dropout, batch statistics, a missing derivative) are larger by orders of magnitude.
 _EPS_FACTOR = 1e4
+_PIECE = 1 << 16  # entries of which there may be copies
 
 
 @final
@@ -45,7 +46,7 @@ class Rounding:
         """
         if found.shape != expected.shape:
             return True
-        difference = largest(found - expected)
+        difference = _largest_difference(found, expected)
         # Written so that a NaN differs.
         if difference <= self.bound * max(largest(expected), scale):
             return False
@@ -53,8 +54,27 @@ class Rounding:
 
 
 def largest(*tensors: Tensor) -> float:
-    """Return the largest magnitude in some tensors, 0 for empty ones, NaN if one holds a NaN."""
-    return float(torch.tensor([float(t.abs().max()) for t in tensors if t.numel()] or [0.0]).max())
+    """Return the largest magnitude in some tensors, 0 for empty ones, NaN if one holds a NaN.
+
+    From the extremes, which are found without a copy of all entries.
+    """
+    extremes = [float(torch.stack(torch.aminmax(t)).abs().max()) for t in tensors if t.numel()]
+    return float(torch.tensor(extremes or [0.0], dtype=torch.float64).max())
+
+
+def _largest_difference(found: Tensor, expected: Tensor) -> float:
+    """The largest entry of a difference, which is never there as a whole."""
+    return largest(*(torch.stack(torch.aminmax(a - b)) for a, b in pieces(found, expected) if a.numel()))
+
+
+def pieces(one: Tensor, other: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Cut two tensors of one shape alike along their largest dimension, so that copies of pieces take little memory."""
+    if one.numel() <= _PIECE:
+        yield one, other
+        return
+    dim = max(range(one.ndim), key=lambda d: one.shape[d])
+    size = max(1, _PIECE * one.shape[dim] // one.numel())
+    yield from zip(one.split(size, dim), other.split(size, dim), strict=True)
 
 
 def noise(shape: tuple[int, ...], *, like: Tensor, seed: int) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,10 +14,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from typing_extensions import override
 
+from ntk_lazy.engines.linearisation import outputs
 from ntk_lazy.engines.rounding import Rounding, noise
 from ntk_lazy.engines.watch import Watch
-from ntk_lazy.model import as_ieee
+from ntk_lazy.errors import UnsupportedModuleError
+from ntk_lazy.model import FunctionalModel, as_ieee
 from ntk_lazy.module_state import module_state_kept
+from ntk_lazy.out_of_memory import refuse_out_of_memory
 from ntk_lazy.precision import differentiable_weight_norm
 
 # What a transform of functions raises where it meets an operation that it has no rule for. The module has run
@@ -34,12 +37,21 @@ AS_ONE_EXAMPLE = (
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """One call of one module in a forward pass, with the arguments it was given."""
+    """One call of one module in a forward pass.
+
+    Attributes:
+        name: Of the module.
+        module: The module.
+        num_dims: Of the tensors among its arguments by position.
+        args: All of these, where they are kept.
+        kwargs: Those by name, where they are kept.
+    """
 
     name: str
     module: nn.Module
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    num_dims: tuple[int, ...]
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
         kind = type(self.module).__name__
@@ -47,7 +59,9 @@ class Call:
 
 
 @contextmanager
-def recorded_calls(module: nn.Module | None, running: list[Call] | None = None) -> Iterator[list[Call]]:
+def recorded_calls(
+    module: nn.Module | None, running: list[Call] | None = None, *, keep_arguments: bool = False
+) -> Iterator[list[Call]]:
     """List the calls of a module and of those inside it, in the order in which they return.
 
     Each module has a hook for the length of this context. One hook on all modules of the process would touch
@@ -56,13 +70,16 @@ def recorded_calls(module: nn.Module | None, running: list[Call] | None = None) 
     Args:
         module: The outermost one; None for a function, which calls none that is known.
         running: Holds the calls that have not returned, the innermost one last, while the context lasts.
+        keep_arguments: Whether to keep the arguments, among which are all activations between modules.
     """
     calls: list[Call] = []
     running = [] if running is None else running
     inner = {} if module is None else {found: name for name, found in module.named_modules()}
 
     def begin(called: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        running.append(Call(inner[called], called, args, kwargs))
+        num_dims = tuple(arg.ndim for arg in args if isinstance(arg, Tensor))
+        kept = (args, kwargs) if keep_arguments else ()
+        running.append(Call(inner[called], called, num_dims, *kept))
 
     def note(called: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         calls.append(running.pop())
@@ -121,8 +138,7 @@ def time_first_modules(calls: list[Call]) -> list[Call]:
     found = []
     for call in _distinct(calls):
         owner = getattr(call.module, "self_attn", call.module)
-        tensors = [arg for arg in call.args if isinstance(arg, Tensor)]
-        if getattr(owner, "batch_first", True) is False and any(t.ndim == 3 for t in tensors):
+        if getattr(owner, "batch_first", True) is False and 3 in call.num_dims:
             found.append(call)
     return found
 
@@ -140,7 +156,7 @@ def owners_of(calls: list[Call], tensors: list[str]) -> list[Call]:
     return [call for call in _distinct(calls) if call.name in owners]
 
 
-def first_without_forward_mode(calls: list[Call]) -> tuple[Call, str] | None:
+def first_without_forward_mode(model: FunctionalModel, x: Tensor) -> tuple[Call, str] | None:
     """Find the innermost call that forward mode cannot follow, or follows to another Jacobian than reverse mode.
 
     Calls are tried in the order in which they return, so that a module is tried after those inside it.
@@ -148,11 +164,23 @@ def first_without_forward_mode(calls: list[Call]) -> tuple[Call, str] | None:
     Returns:
         The call and what happened there; None where every call passes alone.
     """
+    with recorded_calls(model.call.module, keep_arguments=True) as calls:
+        outputs(model, x)
     for call in calls:
         reason = _try_forward_mode(call)
         if reason is not None:
             return call, reason
     return None
+
+
+def coupled(calls: list[Call], what: str) -> UnsupportedModuleError:
+    """Say that examples depend on each other, and what to do about it."""
+    time_first = time_first_modules(calls)
+    if time_first:
+        cure = f"The first dimension is time to {named(time_first)}: set batch_first=True."
+    else:
+        cure = f"Compute each example of dimension 0 by itself; where it squeezes, let it squeeze(-1). {AS_ONE_EXAMPLE}"
+    return UnsupportedModuleError(f"{what}. {cure}")
 
 
 def named(calls: list[Call], *, otherwise: str = "the model") -> str:
@@ -191,7 +219,7 @@ def _try_forward_mode(call: Call) -> str | None:
     if not params and not places:
         return None
 
-    def outputs(params: dict[str, Tensor], inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    def returned_by(params: dict[str, Tensor], inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
         args = tuple(inputs[str(i)] if i in places else arg for i, arg in enumerate(call.args))
         buffers = {name: as_ieee(b.detach().clone()) for name, b in call.module.named_buffers()}
         with module_state_kept(call.module), differentiable_weight_norm():
@@ -200,13 +228,12 @@ def _try_forward_mode(call: Call) -> str | None:
 
     tangents = tuple({n: noise((2, *t.shape), like=t, seed=1) for n, t in group.items()} for group in primals)
     try:
-        values, transpose = vjp(outputs, *primals)[:2]
-        pushed = vmap(lambda *columns: jvp(outputs, primals, columns)[1], randomness="same")(*tangents)
+        values, transpose = vjp(returned_by, *primals)[:2]
+        pushed = vmap(lambda *columns: jvp(returned_by, primals, columns)[1], randomness="same")(*tangents)
         cotangents = tuple(noise((2, *value.shape), like=value, seed=2) for value in values)
         pulled = vmap(transpose, randomness="same")(cotangents)
-    except torch.OutOfMemoryError:
-        raise
     except TRANSFORM_ERRORS as error:
+        refuse_out_of_memory(error)
         return first_line(error)
     forward = _inner(pushed, cotangents)
     reverse = sum(_inner(p.values(), t.values()) for p, t in zip(pulled, tangents, strict=True))

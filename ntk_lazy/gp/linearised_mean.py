@@ -10,6 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from ntk_lazy.engines.chunks import slices
+from ntk_lazy.engines.linearisation import outputs
 from ntk_lazy.errors import ArgumentError
 from ntk_lazy.gp.ntk_kernel import NTKKernel
 
@@ -57,7 +58,7 @@ class LinearisedMean(Mean):  # type: ignore[misc]  # gpytorch has no types
         with torch.no_grad():
             K, network, points = kernel.linearised_at(flat)
             w0 = torch.cat([p.reshape(-1).to(K.dtype) for p in network.params.values()]).unsqueeze(1)
-            pieces = [network(network.params, points[s]) for s in slices(points.shape[0], _EXAMPLES)]
+            pieces = [outputs(network, points[s]) for s in slices(points.shape[0], _EXAMPLES)]
             f = torch.cat(pieces)
             if kernel.outputs == "sum":
                 f = f.sum(1, keepdim=True) / f.shape[1] ** 0.5

@@ -20,6 +20,7 @@ from ntk_lazy.operator.batches import BatchOfKernels
 from ntk_lazy.operator.bilinear import BilinearGradient
 from ntk_lazy.operator.entries import block, entries
 from ntk_lazy.operator.side import Side
+from ntk_lazy.out_of_memory import out_of_memory_named
 from ntk_lazy.shapes import Block, ParameterBlock, SmallMatrix
 from ntk_lazy.threads import exclusive
 
@@ -35,7 +36,7 @@ def _computes(method: Callable[Rest, Result]) -> Callable[Rest, Result]:
 
     @wraps(method)
     def compute(*args: Rest.args, **kwargs: Rest.kwargs) -> Result:
-        with ordinary_mode(), exclusive():
+        with ordinary_mode(), exclusive(), out_of_memory_named():
             return method(*(as_recordable(arg) if isinstance(arg, Tensor) else arg for arg in args), **kwargs)  # type: ignore[arg-type]
 
     return compute

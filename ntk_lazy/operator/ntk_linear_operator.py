@@ -27,6 +27,7 @@ from ntk_lazy.operator.ordinary import in_ordinary_mode
 from ntk_lazy.operator.readout import read_entries, write_down
 from ntk_lazy.operator.roots import keep_pairs
 from ntk_lazy.operator.side import Side
+from ntk_lazy.out_of_memory import out_of_memory_named
 from ntk_lazy.plan import Plan
 from ntk_lazy.probes import Probes
 from ntk_lazy.rows import Rows
@@ -78,6 +79,7 @@ class NTKLinearOperator(KernelCovariance):
         return Rows(self._gramian.side1.num_rows)
 
     @ordinary_mode()
+    @out_of_memory_named()
     def explain(
         self, num_columns: int = 1, num_products: int = 1, *, eigenpairs: int | None = None, solve: Solve | None = None
     ) -> Plan:
