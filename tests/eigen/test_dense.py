@@ -14,7 +14,6 @@ import ntk_lazy as nl
 from ntk_lazy.eigen import LOBPCG, Dense, Lanczos, eigsh
 from ntk_lazy.errors import ArgumentError, BudgetError, NonFiniteError, NotConvergedError, ShapeError
 from ntk_lazy.linalg.largest_pairs import largest_pairs
-from ntk_lazy.rows import Rows
 
 N, K = 300, 6
 A = spectrum("power 1.5", lambda i: i**-1.5, N).matrix()
@@ -48,6 +47,7 @@ def writing(matrix: Tensor, written: Tensor | Exception | None = None) -> Writin
     return operator
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [5, 40])
 @pytest.mark.parametrize("name", HOPELESS)
 def test_auto_never_takes_more_than_a_fifth_more_products_than_rows(name: str, k: int) -> None:
@@ -188,18 +188,6 @@ def test_a_matrix_too_large_for_the_driver_that_is_there_is_refused_before_a_pro
         eigsh(spy, K, solver=Dense())
     assert spy.widths == []
     check_solution(eigsh(spy, K, solver=Lanczos()), A, K)
-
-
-def test_a_basis_shared_out_over_rows_is_completed_as_a_whole() -> None:
-    class OfTheHost(Rows):
-        """All rows, of a process that is one of several as far as it knows."""
-
-    class Hosted(Spy):
-        @property
-        def rows(self) -> Rows:
-            return OfTheHost(N)
-
-    check_solution(eigsh(Hosted(HOPELESS["Fiedler"]), K), HOPELESS["Fiedler"], K)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
