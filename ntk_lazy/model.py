@@ -342,7 +342,7 @@ class FunctionalModel:
     def own_params(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The parameters of the module itself, not cut off, converted or exchanged."""
         own = self.params if self.call.module is None else dict(self.call.module.named_parameters())
-        return {name: own[name] for name in names}
+        return {name: own[name] for name in names if name in own}
 
     def as_it_is(self, x: Tensor) -> Float[Tensor, "examples outputs"]:
         """Evaluate the model at its own parameters, without handing them to it; it writes to copies of its buffers."""
