@@ -67,7 +67,7 @@ class AddedBlocks(PsdSumLinearOperator):  # type: ignore[misc]  # linear_operato
     @classmethod
     def of(cls, kernel: Any, other: Any) -> AddedBlocks | None:
         """Add to a kernel what is such a noise; None if it is not."""
-        parts = other.linear_ops if type(other) is KroneckerProductLinearOperator else ()
+        parts: tuple[Any, ...] = other.linear_ops if type(other) is KroneckerProductLinearOperator else ()
         is_plain = len(parts) == 2 and isinstance(parts[0], ConstantDiagLinearOperator) and not other.batch_shape
         if not is_plain or not kernel.is_gram_matrix or parts[0].shape[-1] * parts[1].shape[-1] != kernel.shape[-1]:
             return None
