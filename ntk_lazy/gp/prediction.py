@@ -11,12 +11,16 @@ from linear_operator.operators import AddedDiagLinearOperator, LinearOperator, R
 from torch import Tensor
 from typing_extensions import override
 
+from ntk_lazy.engines.chunks import slices
 from ntk_lazy.gp.predictive_covariance import PredictiveCovariance
 from ntk_lazy.gp.targets import several_outputs
 from ntk_lazy.operator import NTKLinearOperator
 from ntk_lazy.operator.added_blocks import AddedBlocks
 from ntk_lazy.operator.added_diagonal import AddedDiagonal
 from ntk_lazy.operator.weight_space import WeightSpace
+
+_ROOT_SHARE = 0.25  # of the budget: a root in weights, which is kept, or made once more while it is gathered
+_PIECES = 8
 
 
 @final
@@ -25,7 +29,7 @@ class NTKPredictionStrategy(DefaultPredictionStrategy):  # type: ignore[misc]  #
 
     A mean is ``K(test, train) α``, and ``K(test, train) = J* Jᵀ``: ``w = Jᵀ α`` is one vector of parameters, made once,
     and each mean is a product of J* with it, which goes through no training point. The same for the root that
-    ``fast_pred_var`` multiplies with, if the parameter vectors of its columns fit the memory budget of the kernel.
+    ``fast_pred_var`` multiplies with, if its columns as parameter vectors fit a quarter of the memory budget.
 
     Where the training points are solved with in the space of weights, covariances are made there too, exactly and
     with or without ``fast_pred_var``, from a root of as many columns as J has.
@@ -95,7 +99,8 @@ class NTKPredictionStrategy(DefaultPredictionStrategy):  # type: ignore[misc]  #
         if train is None or not isinstance(covariance, AddedDiagonal) or not is_plain or _wants_gradient(tests, train):
             return None
         by_cholesky = settings.fast_computations.solves.off() or train.shape[-1] <= settings.max_cholesky_size.value()
-        if by_cholesky or tests.shape[-2] * train.num_features * train.dtype.itemsize > train.gramian.engine.budget:
+        num_bytes = tests.shape[-2] * train.num_features * train.dtype.itemsize
+        if by_cholesky or num_bytes > _ROOT_SHARE * train.gramian.engine.budget:
             return None
         return covariance.weights(1 if settings.fast_pred_var.on() else tests.shape[-2])
 
@@ -106,10 +111,16 @@ class NTKPredictionStrategy(DefaultPredictionStrategy):  # type: ignore[misc]  #
         if tests is None or train is None or not is_plain or _wants_gradient(tests, train):
             return super()._exact_predictive_covar_inv_quad_form_root(precomputed_cache, test_train_covar)
         num_bytes = train.num_features * precomputed_cache.shape[1] * precomputed_cache.element_size()
-        if num_bytes > train.gramian.engine.budget:
+        budget = _ROOT_SHARE * train.gramian.engine.budget
+        if num_bytes > budget:
             return super()._exact_predictive_covar_inv_quad_form_root(precomputed_cache, test_train_covar)
         if self._root_weights is None or self._root_weights[0] is not precomputed_cache:
-            self._root_weights = precomputed_cache, train.jacobian_rmatmul(precomputed_cache.detach())
+            cache = precomputed_cache.detach()
+            weights = cache.new_empty(train.num_features, cache.shape[1])
+            # Some columns at a time: while they are made, there are two of each.
+            for columns in slices(cache.shape[1], max(1, cache.shape[1] * int(budget) // (_PIECES * num_bytes))):
+                weights[:, columns] = train.jacobian_rmatmul(cache[:, columns])
+            self._root_weights = precomputed_cache, weights
         return tests.jacobian_matmul(self._root_weights[1])
 
     def _train_kernel(self) -> NTKLinearOperator | None:
