@@ -38,6 +38,13 @@ def given_machine() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def usual_machine() -> Iterator[None]:
+    """Give a test the usual machine, whatever the others have: what it counts is what is chosen there."""
+    with machine.given("usual", _ROUTE):
+        yield
+
+
 settings.register_profile(
     "repeatable",
     derandomize=True,

@@ -14,7 +14,7 @@ from ntk_lazy.engines.rates import Rates
 
 # In float32; half as many operations in float64. The first is like a core of a processor of today.
 MACHINES = {
-    "usual": Rates(flops=1e11, bytes=1e10),
+    "usual": Rates(flops=5e10, bytes=1e10),
     "fast products": Rates(flops=1e14, bytes=1e9),
     "slow products": Rates(flops=1e9, bytes=1e12),
 }

@@ -25,6 +25,12 @@ def _dense(model: nn.Module, inputs: Tensor) -> Tensor:
     return nl.ntk(model, inputs).detach().to_dense()
 
 
+def _is_to_rounding(found: Tensor, expected: Tensor) -> bool:
+    """Whether kernels agree whose inputs lie in memory in other ways: strides decide in which order is added up."""
+    # Sums of P = 50 products, each of sums of 3 and 8, none of which is larger than the diagonal.
+    return bool((found - expected).abs().max() <= 1e2 * torch.finfo(expected.dtype).eps * expected.diagonal().max())
+
+
 @pytest.mark.parametrize(
     "part",
     [np.s_[:], np.s_[::2], np.s_[2:5], np.s_[:, ::-1], np.s_[[4, 0]], np.s_[::-1]],
@@ -35,16 +41,14 @@ def test_a_part_of_a_memory_map_is_read_as_numpy_reads_it(model, x, tmp_path, pa
     np.save(tmp_path / "x.npy", x.numpy())
     mapped = np.load(tmp_path / "x.npy", mmap_mode=mode)
     expected = _dense(model, torch.from_numpy(np.array(x.numpy()[part])))
-    assert torch.equal(_dense(model, mapped[part]), expected)
+    assert _is_to_rounding(_dense(model, mapped[part]), expected)
     assert np.array_equal(np.load(tmp_path / "x.npy"), x.numpy())
 
 
 def test_other_byte_and_index_orders_are_read_right(model, x):
     expected = _dense(model, x)
     for other in (x.numpy().astype(">f8"), np.asfortranarray(x.numpy())):
-        # Strides decide which kernels multiply, and so in which order they add up; P is far more than any sum has.
-        allowed = 1e2 * torch.finfo(x.dtype).eps * expected.diagonal().max()
-        assert (_dense(model, other) - expected).abs().max() <= allowed
+        assert _is_to_rounding(_dense(model, other), expected)
 
 
 def test_a_read_only_map_is_viewed_and_not_copied(x, tmp_path):

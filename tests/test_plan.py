@@ -105,6 +105,7 @@ def test_iterations_of_conjugate_gradients_are_predicted_within_a_factor_of_two(
     assert found.iterations <= found.most_iterations
 
 
+@pytest.mark.usefixtures("usual_machine")
 @pytest.mark.slow
 @pytest.mark.parametrize("noise", NOISES)
 @pytest.mark.parametrize("name", ["conv1d", "wide"])
@@ -172,6 +173,7 @@ def test_seconds_grow_with_columns_and_products_and_the_cheapest_that_fits_is_ch
         assert plan.predicted_seconds == min(way.seconds for way in fitting)
 
 
+@pytest.mark.usefixtures("usual_machine")
 def test_a_plan_says_what_it_is_for_and_why_an_engine_was_chosen():
     K, _ = kernel("wide")
     lines = str(K.explain(16, 1000)).splitlines()

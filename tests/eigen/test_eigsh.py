@@ -139,7 +139,10 @@ def test_a_display_changes_nothing(solver: Solver, capsys: pytest.CaptureFixture
 def test_linear_operators_give_what_tensors_give(solver: Solver) -> None:
     wrapped = DenseLinearOperator(A.clone().requires_grad_())
     pairs = eigsh(wrapped, K, solver=solver)
-    assert torch.equal(pairs.values, eigsh(A, K, solver=solver).values)
+    plain = eigsh(A, K, solver=solver)
+    # Each is an eigenvalue to its residual, which is all that two orders of summation leave.
+    allowed = pairs.residual_norms + plain.residual_norms + 10 * A.shape[0] * torch.finfo(A.dtype).eps * plain.values[0]
+    assert ((pairs.values - plain.values).abs() <= allowed).all()
     assert not pairs.vectors.requires_grad
 
 

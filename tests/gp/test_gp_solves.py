@@ -90,6 +90,7 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
+@pytest.mark.usefixtures("usual_machine")
 @pytest.mark.parametrize(("engine", "multiplied"), [("autodiff", 40), ("factors", 0)])
 def test_a_preconditioner_saves_products_and_is_made_once(
     engine: str, multiplied: int, products: list[int], written: list[int]
@@ -166,6 +167,7 @@ def test_a_rank_that_was_chosen_stays_until_another_one_pays(products: list[int]
     assert kept_root(K).shape == (400, first + more)  # what is there is not multiplied again
 
 
+@pytest.mark.usefixtures("usual_machine")
 def test_a_root_of_columns_that_was_chosen_is_made_anew_when_it_grows(products: list[int], written: list[int]):
     K, B = nl.ntk(network(), inputs(400), engine="factors").detach(), inputs(400, seed=5)
     for noise, is_made in ((1e-2, True), (0.8e-2, False), (1.0, False), (1e-7, True)):
@@ -178,6 +180,7 @@ def test_a_root_of_columns_that_was_chosen_is_made_anew_when_it_grows(products: 
         assert max(products) == B.shape[1]
 
 
+@pytest.mark.usefixtures("usual_machine")
 def test_a_root_of_columns_runs_the_model_once(captured: list[int]):
     K = nl.ntk(network(), inputs(2000), engine="factors", memory_budget=200_000_000).detach()
     randomised_root(K, 128)
@@ -185,6 +188,7 @@ def test_a_root_of_columns_runs_the_model_once(captured: list[int]):
     assert sum(captured) == 2000 + 192
 
 
+@pytest.mark.usefixtures("usual_machine")
 def test_a_root_of_columns_rounds_alike_under_autocast():
     K = nl.ntk(network(dtype=torch.float32), inputs(400, torch.float32), engine="factors").detach()
     expected = randomised_root(K, 50)
@@ -215,6 +219,7 @@ def test_factors_in_files_stay_while_others_come_and_go(captured: list[int], tmp
     assert captured == [2000, 10, 20]
 
 
+@pytest.mark.usefixtures("usual_machine")
 def test_a_root_does_not_decide_for_a_series_that_has_not_begun():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, 300), nn.Tanh(), nn.Linear(300, 300), nn.Tanh(), nn.Linear(300, 1)).double()
@@ -246,6 +251,7 @@ def test_factors_of_several_sets_are_held_while_they_fit(captured: list[int]):
     assert captured == [300, 10, 10, 10, 10, 10]
 
 
+@pytest.mark.usefixtures("usual_machine")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("num_outputs", [1, 3])
 def test_a_root_of_columns_is_that_of_the_rows_that_were_selected(num_outputs: int, dtype: torch.dtype):
@@ -263,6 +269,7 @@ def test_a_root_of_columns_is_that_of_the_rows_that_were_selected(num_outputs: i
         assert torch.linalg.matrix_norm(dense - L @ L.mT, 2) < 3 * torch.linalg.matrix_norm(best, 2) + floor
 
 
+@pytest.mark.usefixtures("usual_machine")
 def test_a_rank_that_is_chosen_fits_half_of_the_budget():
     ranks = []
     for budget in (8_000_000, 2_000_000_000):
