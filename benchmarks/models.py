@@ -1,10 +1,10 @@
 """Try the library on public architectures, tiny and with random weights, each in a process of its own.
 
-    python benchmarks/models.py [--only TEXT] [--results FILE]
+    python benchmarks/models.py [--only TEXT ...] [--results FILE]
 
 ``nox -s models`` makes the environment. Each kernel is compared with one of ``torch.autograd.grad``, row by row, on a
 copy of the module in float64. Nothing is downloaded. Results go to a JSON file, and a page to Markdown beside it.
-With ``--only`` the lines of the models whose name or family holds this text take the place of earlier ones.
+With ``--only`` the lines of the models whose name or family holds one of some texts replace earlier ones.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def version(package: str) -> str | None:
 
 def measure(about: Architecture, context: Any) -> dict[str, Any]:
     """Measure one; a process that dies leaves what it had found, and how it ended."""
-    row: dict[str, Any] = {"name": about.name, "family": about.family, "package": about.package}
+    row: dict[str, Any] = {"name": about.name, "family": about.family, "package": about.package, "cure": about.cure}
     if version(about.package) is None:
         return row | {"fault": f"{about.package} could not be installed"}
     with tempfile.TemporaryDirectory() as folder:
@@ -59,13 +59,18 @@ def measure(about: Architecture, context: Any) -> dict[str, Any]:
         return row | (json.loads(path.read_text()) if path.exists() else {})
 
 
+def is_chosen(about: Architecture, texts: list[str]) -> bool:
+    """Whether the name or the family holds one of some texts; without any all are chosen."""
+    return not texts or any(text in about.name or text in about.family for text in texts)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="architectures whose name or family holds this text")
+    parser.add_argument("--only", nargs="+", default=[], help="architectures whose name or family holds one of these")
     parser.add_argument("--results", type=Path, help="JSON file to write; the page goes beside it")
     options = parser.parse_args()
     known = all_architectures()
-    chosen = [about for about in known.values() if options.only in about.name or options.only in about.family]
+    chosen = [about for about in known.values() if is_chosen(about, options.only)]
     packages = sorted({about.package for about in known.values()})
     results: dict[str, Any] = {
         "machine": {"python": platform.python_version(), "ntk_lazy": version("ntk-lazy")},

@@ -51,25 +51,29 @@ class Architecture:
         family: The file that it stands in.
         package: What has to be installed.
         build: Makes it.
+        cure: The name of an architecture that is this one with what its refusal asks for.
     """
 
     name: str
     family: str
     package: str
     build: Callable[[], Built]
+    cure: str | None = None
 
 
 REGISTERED: dict[str, Architecture] = {}
 
 
-def architecture(name: str, package: str) -> Callable[[Callable[[], Built]], Callable[[], Built]]:
+def architecture(
+    name: str, package: str, *, cure: str | None = None
+) -> Callable[[Callable[[], Built]], Callable[[], Built]]:
     """Register a function that builds one."""
 
     def register(build: Callable[[], Built]) -> Callable[[], Built]:
         family = build.__module__.rpartition(".")[2]
         if name in REGISTERED:
             raise ValueError(f"two architectures are called {name}.")
-        REGISTERED[name] = Architecture(name, family, package, build)
+        REGISTERED[name] = Architecture(name, family, package, build, cure)
         return build
 
     return register

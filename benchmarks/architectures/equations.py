@@ -41,12 +41,12 @@ def ode_fixed():
     return Built(Flow(adjoint=False, method="rk4"), torch.randn(4, 2))
 
 
-@architecture("neural ODE, steps chosen by the batch", "torchdiffeq")
+@architecture("neural ODE, steps chosen by the batch", "torchdiffeq", cure="neural ODE, fixed steps")
 def ode_adaptive():
     return Built(Flow(adjoint=False, method="dopri5"), torch.randn(4, 2))
 
 
-@architecture("neural ODE, adjoint method", "torchdiffeq")
+@architecture("neural ODE, adjoint method", "torchdiffeq", cure="neural ODE, fixed steps")
 def ode_adjoint():
     return Built(Flow(adjoint=True, method="rk4"), torch.randn(4, 2))
 

@@ -82,7 +82,11 @@ def markdown(results: dict[str, Any]) -> str:
         if cells:
             parts += [f"## {title}\n", table.grid((*head, "1 column", "a column of 16"), cells), ""]
     if wrong:
-        parts += ["## Refused, or wrong\n", table.grid(("architecture", "where", "what"), _troubles(wrong)), ""]
+        parts += [
+            "## Refused, or wrong\n",
+            table.grid(("architecture", "where", "what", "with its cure"), _troubles(wrong)),
+            "",
+        ]
     uncovered = [(row["name"], f"`{name}`", why) for row in rows for name, why in row.get("uncovered", {}).items()]
     if uncovered:
         parts += [
@@ -121,10 +125,10 @@ def _outcomes(row: Row) -> Iterator[tuple[str, str, Row]]:
             yield precision, engine, one
 
 
-def _troubles(rows: list[Row]) -> Iterator[tuple[str, str, str]]:
+def _troubles(rows: list[Row]) -> Iterator[tuple[str | None, ...]]:
     for row in rows:
         for problem, places in problems(row).items():
-            yield row["name"], _places(places), problem
+            yield row["name"], _places(places), problem, row["cure"]
 
 
 def _places(places: list[str]) -> str:

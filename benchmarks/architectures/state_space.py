@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from .architecture import Built, architecture, tokens
 from .language import last_logits
 
@@ -32,7 +34,7 @@ def mamba2():
     return Built(Mamba2ForCausalLM(config).eval(), tokens(), last_logits)
 
 
-@architecture("RWKV", "transformers")
+@architecture("RWKV", "transformers", cure="RWKV, called once")
 def rwkv():
     from transformers import RwkvConfig, RwkvForCausalLM
 
@@ -40,6 +42,14 @@ def rwkv():
         vocab_size=64, hidden_size=32, attention_hidden_size=32, num_hidden_layers=2, context_length=16, use_cache=False
     )
     return Built(RwkvForCausalLM(config).eval(), tokens(), last_logits)
+
+
+@architecture("RWKV, called once", "transformers")
+def rwkv_called():
+    built = rwkv()
+    with torch.no_grad():
+        built.model(built.x)  # rescales its layers, which it does once after eval()
+    return built
 
 
 @architecture("RecurrentGemma", "transformers")
