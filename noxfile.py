@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from xml.etree import ElementTree
 
 import nox
 from nox.command import CommandFailed
@@ -48,6 +49,61 @@ def tests(session: nox.Session) -> None:
     _install(session, "test")
     cores = str(os.cpu_count() or 1)
     session.run("pytest", "-n", cores, "--dist", "worksteal", *session.posargs, env=ONE_THREAD)
+
+
+# What decides in which order sums are added up, and what plans choose: see tests/fingerprint.py and tests/machine.py.
+VARIANTS = {
+    "as it is": {},
+    "torch without vectors": {"ATEN_CPU_CAPABILITY": "default"},
+    "torch with AVX2": {"ATEN_CPU_CAPABILITY": "avx2"},
+    "torch with AVX-512": {"ATEN_CPU_CAPABILITY": "avx512"},
+    "MKL with AVX2": {"MKL_ENABLE_INSTRUCTIONS": "AVX2"},
+    "MKL with AVX-512": {"MKL_ENABLE_INSTRUCTIONS": "AVX512"},
+    "MKL with SSE2": {"MKL_CBWR": "COMPATIBLE"},
+    "oneDNN with AVX2": {"ONEDNN_MAX_CPU_ISA": "AVX2", "TESTS_ROUTE": "onednn"},
+    "oneDNN with SSE4.1": {"ONEDNN_MAX_CPU_ISA": "SSE41", "TESTS_ROUTE": "onednn"},
+    "oneDNN as it is": {"TESTS_ROUTE": "onednn"},
+    "two threads": dict.fromkeys(ONE_THREAD, "2"),
+    "a machine of fast products": {"TESTS_MACHINE": "fast products"},
+    "a machine of slow products": {"TESTS_MACHINE": "slow products"},
+    "the machine that is measured": {"TESTS_MACHINE": "measured"},
+}
+
+
+@nox.session
+def portability(session: nox.Session) -> None:
+    """Run the tests with each set of instructions and number of threads of this machine; arguments go to pytest."""
+    _install(session, "test")
+    reports, table, known = Path(session.create_tmp()).resolve(), {}, set()
+    for name, variant in VARIANTS.items():
+        env = {**ONE_THREAD, **variant}
+        mark = str(session.run("python", "tests/fingerprint.py", env=env, silent=True)).split()[-2:]
+        kernels = (*mark, *(pair for pair in env.items() if pair[0].startswith(("TESTS_", "OMP_"))))
+        if int(env["OMP_NUM_THREADS"]) > (os.cpu_count() or 1):
+            table[name] = "not run: there is one core"
+        elif kernels in known:
+            table[name] = "not run: this processor multiplies with the same kernels, to the bit, as in a line above"
+        else:
+            known.add(kernels)
+            report = reports / f"{name.replace(' ', '-')}.xml"
+            workers = max(1, (os.cpu_count() or 1) // int(env["OMP_NUM_THREADS"]))
+            options = ("-n", str(workers), "--dist", "worksteal", f"--junitxml={report}", *session.posargs)
+            session.run("pytest", *options, env=env, success_codes=range(256))
+            table[name] = f"{mark[0]} {mark[1]}: {_outcome(report)}"
+    for name, outcome in table.items():
+        session.log(f"{name:<30} {outcome}")
+    if any("FAILED" in outcome for outcome in table.values()):
+        session.error("see the lines with FAILED")
+
+
+def _outcome(report: Path) -> str:
+    """Say in a line what a run of pytest came to."""
+    if not report.exists():
+        return "FAILED: no report was written"
+    suite = next(ElementTree.parse(report).iter("testsuite"))
+    wrong = [case.get("name") for case in suite.iter("testcase") if {"failure", "error"} & {part.tag for part in case}]
+    counts = f"{int(suite.get('tests', 0)) - len(wrong)} of {suite.get('tests')} passed or skipped"
+    return f"{counts}, FAILED: {', '.join(map(str, wrong))}" if wrong else counts
 
 
 @nox.session

@@ -23,6 +23,7 @@ from ntk_lazy.errors import (
     NonFiniteError,
     NotConvergedError,
     NTKLazyError,
+    SecondDerivativeError,
     ShapeError,
     UnsupportedModuleError,
 )
@@ -55,6 +56,7 @@ __all__ = [
     "NotConvergedError",
     "Plan",
     "Probes",
+    "SecondDerivativeError",
     "ShapeError",
     "Solve",
     "SpectrumRecord",

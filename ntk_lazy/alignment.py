@@ -35,7 +35,8 @@ def relative_energy(pairs: HasVectors | Tensor, phi: Tensor) -> Float64[Tensor, 
     Args:
         pairs: An ``EigenResult``, or a tensor of orthonormal columns ``(n, k)``, most important first.
         phi: ``(n,)`` or ``(N, C)`` with ``n = N C`` in the order ``i * C + c``, or ``(n, c)`` for c functions
-            together (Frobenius inner product). Not centred here.
+            together (Frobenius inner product). Not centred here. Integers are refused, as they may be the labels of
+            classes; their one-hot code is not.
 
     Returns:
         ``E(φ, j) = Σ_{i≤j} ‖v_iᵀφ‖² / ‖φ‖²`` for j = 1 … k, shape ``(k,)``, float64 on the CPU: in [0, 1] and never
@@ -84,6 +85,7 @@ def kernel_target_alignment(
     Args:
         K: Symmetric and positive semi-definite.
         y: ``(n,)`` or ``(N, C)`` with ``n = N C`` in the order ``i * C + c``: one vector; or ``(n, c)``: c of them.
+            Labels of classes as a one-hot code.
         pairs: Eigenpairs of K, which make the norm of K cheaper and its error smaller.
         frobenius: ``‖K‖_F`` if it is known.
         num_samples: Random vectors spent on ``‖K‖_F``.

@@ -63,6 +63,28 @@ def check_pairs(pairs: Any, *, name: str = "pairs") -> None:
         )
 
 
+def holds_labels(values: Tensor) -> bool:
+    """Whether values are integers that no measure may take for numbers: all but the 0 and 1 of a one-hot code."""
+    if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
+        return False
+    if values.ndim != 2 or values.shape[1] < 2:
+        return True
+    return not bool((((values == 0) | (values == 1)).all(1) & (values.sum(1) == 1)).all())
+
+
+def check_numbers(values: Tensor, *, name: str) -> None:
+    """Raise ArgumentError for integers: as numbers, labels would say that class 2 is twice class 1.
+
+    A function of a class, True or False on each row, and a one-hot code are numbers.
+    """
+    if holds_labels(values):
+        raise ArgumentError(
+            f"{name} holds integers ({str(values.dtype).removeprefix('torch.')}, shape {tuple(values.shape)}), which "
+            f"may be the labels of classes. For labels of C classes give torch.nn.functional.one_hot({name}, "
+            f"C).double(); for numbers give {name}.double()."
+        )
+
+
 def as_columns(values: Tensor, num_rows: int, *, name: str) -> Columns:
     """Put values onto the rows of an operator.
 
@@ -76,11 +98,12 @@ def as_columns(values: Tensor, num_rows: int, *, name: str) -> Columns:
         Shape ``(n, c)``, float64 on the device of the values.
 
     Raises:
-        ArgumentError: The values are no tensor.
+        ArgumentError: The values are no tensor, or integers that may be labels of classes.
         ShapeError: The values do not fit the rows.
         NonFiniteError: There is a NaN or an infinity among them.
     """
     check_tensor(values, name=name)
+    check_numbers(values, name=name)
     if values.numel() == num_rows and num_rows > 0:
         columns = values.detach().reshape(num_rows, 1)
     elif values.ndim == 2 and values.shape[0] == num_rows and values.shape[1] > 0:

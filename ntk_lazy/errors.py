@@ -43,6 +43,10 @@ class BudgetError(ArgumentError):
         self.largest_chunk = largest_chunk
 
 
+class SecondDerivativeError(NTKLazyError, RuntimeError):
+    """A gradient that was computed without a graph of its own, and is differentiated again."""
+
+
 class NotConvergedError(NTKLazyError):
     """An iteration that ended before all that was asked for had been found.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -15,8 +16,8 @@ from ntk_lazy.engines.chunks import parse_budget
 from ntk_lazy.engines.forward_pass import ForwardPass
 from ntk_lazy.engines.preflight import check
 from ntk_lazy.engines.scratch import Scratch
-from ntk_lazy.engines.suspects import TRANSFORM_ERRORS
-from ntk_lazy.errors import ArgumentError, NTKLazyError, ShapeError
+from ntk_lazy.engines.suspects import AS_ONE_EXAMPLE, LOOKUP_ERRORS, TRANSFORM_ERRORS, first_line
+from ntk_lazy.errors import ArgumentError, NTKLazyError, ShapeError, UnsupportedModuleError
 from ntk_lazy.model import (
     FunctionalModel,
     OutputFunction,
@@ -26,6 +27,7 @@ from ntk_lazy.model import (
     check_output_fn,
     generators_kept,
 )
+from ntk_lazy.modes import ordinary_mode
 from ntk_lazy.operator import NTKLinearOperator, Side
 from ntk_lazy.outputs import OutputLayout, OutputMode, as_output_mode
 from ntk_lazy.plan import EngineName, EngineSettings
@@ -33,9 +35,11 @@ from ntk_lazy.precision import ieee_precision
 from ntk_lazy.probes import Probes
 
 _PREFLIGHT_EXAMPLES = 4
+_MOST_BYTES = 64 << 20  # of inputs that all go through a model at once, to find out why some do not
 _CONVERSIONS = {torch.float32: "model.float()", torch.float64: "model.double()"}
 
 
+@ordinary_mode()
 def ntk(  # noqa: PLR0913  (the front door: each option is one word)
     model: nn.Module | ParameterFunction | FunctionalModel,
     x1: Tensor | np.ndarray | Probes,
@@ -55,7 +59,8 @@ def ntk(  # noqa: PLR0913  (the front door: each option is one word)
 
     Args:
         model: A module, a plain function ``f(params, x)``, or a ``FunctionalModel``. A module is neither copied nor
-            changed; K follows its parameters. Put it into ``eval()`` mode first if it has dropout or batch-norm.
+            changed, and what its forward pass does to it is put back; K follows its parameters. Put it into ``eval()``
+            mode first if it has dropout or batch-norm.
             Half-precision parameters are copied to float32, exactly, and K stays with the copy.
         x1: Inputs of the rows, N examples: any dtype, token ids included.
         x2: Inputs of the columns; None, or ``x1`` itself, makes K square, on ``x1``.
@@ -83,7 +88,8 @@ def ntk(  # noqa: PLR0913  (the front door: each option is one word)
     Cost: a check on up to four examples (a few passes each way), and one look at all inputs for NaN.
 
     Raises:
-        UnsupportedModuleError: The Jacobian would be random, coupled between examples, or does not exist.
+        UnsupportedModuleError: The Jacobian would be random, coupled between examples, or does not exist; the module
+            initialises itself in its first call, or reaches a parameter by a way that cannot be followed.
         NonFiniteError: A NaN or an infinity in inputs, parameters, outputs or gradients.
         ShapeError: Inputs or outputs whose first dimension is not the examples, inputs on another device, or of a dtype
             that the model cannot take.
@@ -100,8 +106,9 @@ def ntk(  # noqa: PLR0913  (the front door: each option is one word)
         if each is not None:
             _check_inputs(each, functional)
     few = _examples(probes, _PREFLIGHT_EXAMPLES)
-    with _dtypes_named(functional, few):
+    with _dtypes_named(functional, few), _whole_named(functional, probes, few):
         preflight = check(functional, few)
+    functional = replace(functional, is_widened=preflight.is_widened)
     if others is not None:
         _check_columns(functional, others, preflight.num_outputs)
     layout = OutputLayout(mode, preflight.num_outputs)
@@ -131,6 +138,8 @@ def _functional(model: Any, params: Any, output_fn: OutputFunction | None) -> Fu
     check_output_fn(output_fn)
     if isinstance(model, nn.Module):
         return FunctionalModel.from_module(model, params=params, output_fn=output_fn)
+    if type(model).__name__ == "ExportedProgram":  # its module of torch takes long to load
+        raise ArgumentError("model is an ExportedProgram, which holds a module. Pass model.module().")
     if not callable(model):
         raise ArgumentError(f"model must be a module or a function f(params, x), not {type(model).__name__}.")
     if not isinstance(params, Mapping):
@@ -152,7 +161,7 @@ def _dtypes_named(model: FunctionalModel, x: Tensor) -> Iterator[None]:
         raise
     except RuntimeError as error:
         wanted = model.dtype
-        differs = x.is_floating_point() and as_ieee(x).dtype != wanted
+        differs = as_ieee(x).dtype != wanted
         if not differs or _runs(model, x) or not _runs(model, x.to(wanted)):
             raise
         conversion = _CONVERSIONS.get(as_ieee(x).dtype) if model.call.module is not None else None
@@ -163,6 +172,31 @@ def _dtypes_named(model: FunctionalModel, x: Tensor) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def _whole_named(model: FunctionalModel, probes: Probes, few: Tensor) -> Iterator[None]:
+    """Say so where a model takes all inputs together, but not the first few."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (*TRANSFORM_ERRORS, *LOOKUP_ERRORS) as error:
+        if isinstance(error, NTKLazyError) or probes.inputs.nbytes > _MOST_BYTES or few.shape[0] >= probes.num_examples:
+            raise
+        if _runs(model, few) or not _runs(model, _examples(probes, probes.num_examples)):
+            raise
+        if isinstance(model.call.module, torch.fx.GraphModule):
+            cure = (
+                "Export it with a first dimension that may change, torch.export.export(..., dynamic_shapes=...), or "
+                "pass the module that was exported."
+            )
+        else:
+            cure = AS_ONE_EXAMPLE
+        raise UnsupportedModuleError(
+            f"the model takes {probes.num_examples} examples together, but not {few.shape[0]} of them "
+            f"({first_line(error)}). {cure}"
+        ) from error
+
+
 def _runs(model: FunctionalModel, x: Tensor) -> bool:
     """Whether the model gets through one forward pass, which may write to copies of its tensors alone."""
     try:
@@ -170,7 +204,7 @@ def _runs(model: FunctionalModel, x: Tensor) -> bool:
             ForwardPass.run(model, x)
     except NTKLazyError:
         return True  # it got through, and what came out has a fault of its own
-    except TRANSFORM_ERRORS:
+    except (*TRANSFORM_ERRORS, *LOOKUP_ERRORS):
         return False
     return True
 

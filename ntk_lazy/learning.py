@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import final
+from typing import Literal, final
 
 import torch
 from torch import Tensor
@@ -91,10 +91,18 @@ class Learning:
         """The squared error in the convention of the reduction: ``c/2 Σ (f − y)²`` for all four."""
         return 0.5 * self._factor * self.residual.double().square().sum().item()
 
-    def energies(self, pairs: HasVectors) -> dict[str, tuple[float, ...]]:
-        """Measure ``E(φ, 1..k)`` of target, output and residual; a function that is zero has none."""
-        functions = {"target": self.target, "output": self.output, "residual": self.residual}
-        return {n: tuple(relative_energy(pairs, f).tolist()) for n, f in functions.items() if bool((f != 0).any())}
+    def function(self, name: Literal["target", "output", "residual"]) -> Block:
+        """Return y, f or f − y."""
+        return {"target": self.target, "output": self.output, "residual": self.residual}[name]
+
+    def energy(self, name: Literal["target", "output", "residual"], pairs: HasVectors) -> tuple[float, ...]:
+        """Measure ``E(φ, 1..k)`` of one of the three.
+
+        Raises:
+            DegenerateError: It is zero.
+            NonFiniteError: It is not finite.
+        """
+        return tuple(relative_energy(pairs, self.function(name)).tolist())
 
     def spectral_position(self, trace: Estimate) -> float:
         """Measure ``gᵀKg / (‖g‖² tr K)`` of the gradient of the loss with respect to the outputs.

@@ -6,12 +6,12 @@ its forward pass writes to are private copies.
 
 from __future__ import annotations
 
-import difflib
-import fnmatch
 import random
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Self, TypeAlias, TypeVar, final
 
 import numpy as np
@@ -21,15 +21,19 @@ from torch import Tensor, nn
 from torch.func import functional_call  # noqa: TID251  (a call, not a transform)
 
 from ntk_lazy.errors import ArgumentError, ShapeError, UnsupportedModuleError
+from ntk_lazy.model_tensors import choose, refuse_inference_tensors, refuse_uninitialised, refuse_wrappers
+from ntk_lazy.modes import as_recordable, callers_device, ordinary_mode
+from ntk_lazy.module_state import ModuleState, Named, module_state_kept
 from ntk_lazy.precision import differentiable_weight_norm, has_weight_norm
+from ntk_lazy.threads import exclusive
+from ntk_lazy.widened import HALF, Widened, coarsest
 
 ParameterChoice: TypeAlias = str | Sequence[str] | Callable[[str, Tensor], bool] | None
 InputFunction: TypeAlias = Callable[[Tensor], Tensor]
 OutputFunction: TypeAlias = Callable[[Any], Tensor]
 ParameterFunction: TypeAlias = Callable[[dict[str, Tensor], Tensor], Any]
+Run: TypeAlias = Callable[[Callable[[Tensor], Any], ModuleState], Any]
 Result = TypeVar("Result")
-
-_HALF = (torch.float16, torch.bfloat16)
 
 
 def as_parameter_choice(params: Any) -> Callable[[str, Tensor], bool] | list[str] | None:
@@ -56,7 +60,7 @@ def check_output_fn(output_fn: Any) -> None:
 
 def as_ieee(tensor: Tensor) -> Tensor:
     """Widen a half-precision tensor to float32, in which products run; leave any other as it is."""
-    return tensor.float() if tensor.dtype in _HALF else tensor
+    return tensor.float() if tensor.dtype in HALF else tensor
 
 
 @final
@@ -67,7 +71,7 @@ class ModelCall:
     those on all that it holds, and would move the user's module.
     """
 
-    __slots__ = ("_aliases", "_function", "_has_weight_norm", "_input_fn", "_module", "_output_fn")
+    __slots__ = ("_aliases", "_function", "_has_weight_norm", "_input_fn", "_module", "_names", "_output_fn")
 
     def __init__(
         self,
@@ -82,73 +86,93 @@ class ModelCall:
         self._input_fn = input_fn
         self._output_fn = output_fn
         self._has_weight_norm = module is not None and has_weight_norm(module)
-        self._aliases = {} if module is None else _aliases(module)
+        self._names, self._aliases = ({}, {}) if module is None else _names(module)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self
+
+    def __reduce__(self) -> tuple[Callable[[], ModelCall], tuple[()]]:
+        return partial(
+            ModelCall,
+            module=self._module,
+            function=self._function,
+            input_fn=self._input_fn,
+            output_fn=self._output_fn,
+        ), ()
 
     @property
     def module(self) -> nn.Module | None:
         """The user's module, to be named in messages; None for a plain function."""
         return self._module
 
-    def raw(self, tensors: dict[str, Tensor], x: Tensor, then: Callable[[Any], Any] | None = None) -> Any:
+    def raw(
+        self,
+        tensors: dict[str, Tensor],
+        x: Tensor,
+        then: Callable[[Any], Any] | None = None,
+        *,
+        copies: bool = False,
+    ) -> Any:
         """Return what the model returns for ``x``, after ``output_fn``; and after ``then``, while it holds the tensors.
 
         Activation checkpointing runs a part of the module again in the backward pass: a backward pass that takes
         place in ``then`` finds the tensors there that the forward pass had, not the module's own.
         """
+        return self.holding(tensors, lambda call, _: call(x) if then is None else then(call(x)), copies=copies)
 
-        def finish(returned: Any) -> Any:
-            output = returned if self._output_fn is None else self._output_fn(returned)
-            return output if then is None else then(output)
+    def holding(self, tensors: dict[str, Tensor], run: Run, *, copies: bool = False) -> Any:
+        """Return what ``run`` makes of calls of the model, while it holds the tensors; then put it back as it was.
 
-        x = x if self._input_fn is None else as_ieee(self._input_fn(x))
-        if self._module is None:
-            assert self._function is not None
-            return finish(self._function(tensors, x))
-        written_out = differentiable_weight_norm() if self._has_weight_norm else nullcontext()
-        with attributes_kept(self._module), written_out:
+        Args:
+            tensors: By name.
+            run: Takes a function that calls the model on examples, and the state that it was in before.
+            copies: Whether tensors that it holds under no name are written to, and have to be copied.
+        """
+
+        def call(of: Callable[[Tensor], Any], x: Tensor) -> Any:
+            with callers_device():
+                returned = of(x if self._input_fn is None else as_ieee(self._input_fn(x)))
+                return returned if self._output_fn is None else self._output_fn(returned)
+
+        with exclusive(), self._kept() as state:
+            if self._module is None:
+                function = self._function
+                assert function is not None
+                state.exchange({}, copies=copies)
+                return run(partial(call, lambda x: function(tensors, x)), state)
             tensors = tensors | {name: tensors[first] for name, first in self._aliases.items() if first in tensors}
-            if then is None:
-                return finish(functional_call(self._module, tensors, (x,), tie_weights=False))
+            state.exchange(tensors, copies=copies)
+            written_out = differentiable_weight_norm() if self._has_weight_norm else nullcontext()
             held = {f"module.{name}": tensor for name, tensor in tensors.items()}
-            return functional_call(_Holding(self._module), held, (x, finish), tie_weights=False)
+            with written_out:
+                return functional_call(
+                    _Holding(self._module),
+                    held,
+                    (lambda module: run(partial(call, module), state),),
+                    tie_weights=False,
+                )
+
+    def _kept(self) -> AbstractContextManager[ModuleState]:
+        return module_state_kept(self._module, self._function, self._output_fn, names=self._names)
 
 
-def _aliases(module: nn.Module) -> dict[str, str]:
-    """Map the other names of tied tensors to their first, each place in a module once.
+def _names(module: nn.Module) -> tuple[dict[int, Named], dict[str, str]]:
+    """Map tensors, by identity, to their first names; and the other names of tied ones to these, each place once.
 
     ``functional_call`` finds ties itself, but a module that is registered under two names gets its tensors twice
     from it, and is left with those of the first exchange.
     """
-    first: dict[int, str] = {}
+    first: dict[int, Named] = {}
     aliases: dict[str, str] = {}
     for prefix, inner in module.named_modules():
         own = [*inner.named_parameters(recurse=False, remove_duplicate=False)]
         own += inner.named_buffers(recurse=False, remove_duplicate=False)
         for attribute, tensor in own:
             name = f"{prefix}.{attribute}" if prefix else attribute
-            if first.setdefault(id(tensor), name) != name:
-                aliases[name] = first[id(tensor)]
-    return aliases
-
-
-@contextmanager
-def attributes_kept(module: nn.Module) -> Iterator[None]:
-    """Put back what a forward pass assigns to plain attributes: the last activations, a counter, a cache.
-
-    Under a transform of functions these would be tensors that are dead outside of it.
-    """
-    before = [(vars(inner), dict(vars(inner))) for inner in module.modules()]
-    try:
-        yield
-    finally:
-        for now, kept in before:
-            if len(now) != len(kept) or any(now.get(name) is not value for name, value in kept.items()):
-                for name in now.keys() - kept.keys():
-                    del now[name]
-                now.update(kept)
+            _, known = first.setdefault(id(tensor), (weakref.ref(tensor), name))
+            if known != name:
+                aliases[name] = known
+    return first, aliases
 
 
 @contextmanager
@@ -165,14 +189,14 @@ def generators_kept(device: torch.device) -> Iterator[None]:
 
 @final
 class _Holding(nn.Module):
-    """A module followed by a function of what it returns."""
+    """A module, and functions of it that run while it holds other tensors."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
 
-    def forward(self, x: Tensor, finish: Callable[[Any], Any]) -> Any:
-        return finish(self.module(x))
+    def forward(self, run: Callable[[nn.Module], Any]) -> Any:
+        return run(self.module)
 
 
 @final
@@ -184,10 +208,11 @@ class FunctionalModel:
         call: The stateless call.
         params: The parameters that make up J, each tied tensor once, in the module's order.
         constants: All other parameters, and the buffers (detached).
-        has_private_buffers: Whether each call gets copies of the buffers. Switch it off only for a model
-            that is known not to write to them.
+        has_private_buffers: Whether each call gets copies of the buffers, and of tensors in attributes. Switch it off
+            only for a model that is known not to write to them.
         keeps_generators: Whether the random number generators are put back after each call, for a model that draws
             numbers which do not reach its output.
+        is_widened: Whether casts to half precision are left out, for a model that has some.
     """
 
     call: ModelCall
@@ -196,8 +221,10 @@ class FunctionalModel:
     buffer_names: frozenset[str] = frozenset()
     has_private_buffers: bool = True
     keeps_generators: bool = False
+    is_widened: bool = False
 
     @classmethod
+    @ordinary_mode()
     def from_module(
         cls,
         model: nn.Module,
@@ -221,21 +248,23 @@ class FunctionalModel:
             UnsupportedModuleError: Its tensors cannot be exchanged (scripted or parallel modules), do not exist yet
                 (lazy modules) or are complex.
         """
-        _refuse_wrappers(model)
+        refuse_wrappers(model)
         named = dict(model.named_parameters(remove_duplicate=False))
-        _refuse_uninitialised(named)
+        refuse_uninitialised(named)
         canonical = {id(p): n for n, p in model.named_parameters()}
-        chosen = {canonical[id(named[n])] for n in _choose(named, params)}
+        chosen = {canonical[id(named[n])] for n in choose(named, as_parameter_choice(params))}
         everything = dict(model.named_parameters())
-        buffers = {n: as_ieee(b.detach()) for n, b in model.named_buffers()}
+        refuse_inference_tensors({name: p for name, p in everything.items() if name in chosen})
+        buffers = {n: as_ieee(as_recordable(b).detach()) for n, b in model.named_buffers()}
         return cls(
             call=ModelCall(module=model, input_fn=input_fn, output_fn=output_fn),
             params={n: as_ieee(p) for n, p in everything.items() if n in chosen},
-            constants={n: as_ieee(p) for n, p in everything.items() if n not in chosen} | buffers,
+            constants={n: as_ieee(as_recordable(p)) for n, p in everything.items() if n not in chosen} | buffers,
             buffer_names=frozenset(buffers),
         )
 
     @classmethod
+    @ordinary_mode()
     def from_function(
         cls,
         function: ParameterFunction,
@@ -245,7 +274,9 @@ class FunctionalModel:
         output_fn: OutputFunction | None = None,
     ) -> Self:
         """Take a plain function ``f(params, x)`` and its tensors by name; ``params`` chooses as for a module."""
-        chosen = set(_choose(tensors, params))
+        chosen = set(choose(tensors, as_parameter_choice(params)))
+        refuse_inference_tensors({name: t for name, t in tensors.items() if name in chosen})
+        tensors = {name: as_recordable(tensor) for name, tensor in tensors.items()}
         return cls(
             call=ModelCall(function=function, output_fn=output_fn),
             params={n: as_ieee(p) for n, p in tensors.items() if n in chosen},
@@ -273,8 +304,9 @@ class FunctionalModel:
 
     def __call__(self, params: dict[str, Tensor], x: Tensor) -> Float[Tensor, "examples outputs"]:
         """Evaluate the model at ``params`` on examples ``x`` of shape ``(b, ...)``."""
-        with self._generators():
-            return self._flat(self.call.raw(self._tensors(params), as_ieee(x)), x.shape[0])
+        with exclusive(), self._generators(), self._arithmetic():
+            output = self.call.raw(self._tensors(params), as_ieee(x), copies=self.has_private_buffers)
+            return self._flat(output, x.shape[0])
 
     def has_tensors_of(self, other: FunctionalModel) -> bool:
         """Whether another model computes the same function of the same memory."""
@@ -288,11 +320,36 @@ class FunctionalModel:
 
     def evaluate(self, params: dict[str, Tensor], x: Tensor, then: Callable[[Tensor], Result]) -> Result:
         """Evaluate the model, and return ``then(outputs)``, computed while the module still holds ``params``."""
-        with self._generators():
+        with exclusive(), self._generators(), self._arithmetic():
             result: Result = self.call.raw(
-                self._tensors(params), as_ieee(x), lambda output: then(self._flat(output, x.shape[0]))
+                self._tensors(params),
+                as_ieee(x),
+                lambda output: then(self._flat(output, x.shape[0])),
+                copies=self.has_private_buffers,
             )
         return result
+
+    def in_a_row(self, run: Callable[[Callable[[Tensor], Tensor], ModuleState], Result]) -> Result:
+        """Return what ``run`` makes of calls between which nothing is put back, and of the state before the first."""
+        with exclusive(), self._generators(), self._arithmetic():
+            result: Result = self.call.holding(
+                self._tensors(self.params),
+                lambda call, state: run(lambda x: self._flat(call(as_ieee(x)), x.shape[0]), state),
+                copies=True,
+            )
+        return result
+
+    def own_params(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The parameters of the module itself, not cut off, converted or exchanged."""
+        own = self.params if self.call.module is None else dict(self.call.module.named_parameters())
+        return {name: own[name] for name in names}
+
+    def as_it_is(self, x: Tensor) -> Float[Tensor, "examples outputs"]:
+        """Evaluate the model at its own parameters, without handing them to it; it writes to copies of its buffers."""
+        if self.call.module is None:
+            return self(self.params, x)
+        buffers = {name: self.constants[name].clone() for name in self.buffer_names}
+        return self._flat(self.call.raw(buffers, as_ieee(x), copies=True), x.shape[0])
 
     def _tensors(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
         if not (self.has_private_buffers and self.buffer_names):
@@ -305,6 +362,9 @@ class FunctionalModel:
 
     def _generators(self) -> AbstractContextManager[None]:
         return generators_kept(self.device) if self.keeps_generators else nullcontext()
+
+    def _arithmetic(self) -> AbstractContextManager[object]:
+        return Widened(coarsest(self.params.values())) if self.is_widened else nullcontext()
 
 
 def _flat_output(output: Any, num_examples: int) -> Tensor:
@@ -324,51 +384,6 @@ def _flat_output(output: Any, num_examples: int) -> Tensor:
             "step (logits, not classes; real and imaginary parts), or pass output_fn, which is applied to it."
         )
     return output.flatten(1) if output.ndim > 1 else output.unsqueeze(1)
-
-
-def _refuse_wrappers(model: nn.Module) -> None:
-    for name, inner in model.named_modules():
-        if isinstance(inner, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            raise UnsupportedModuleError(
-                f"{name or 'the model'} is a {type(inner).__name__}, which copies its parameters. Pass model.module."
-            )
-        if isinstance(inner, torch.jit.ScriptModule):
-            raise UnsupportedModuleError(
-                f"{name or 'the model'} is a ScriptModule, whose parameters cannot be exchanged for a call. "
-                "Pass the module that it was scripted or traced from."
-            )
-
-
-def _refuse_uninitialised(named: Mapping[str, Tensor]) -> None:
-    for name, parameter in named.items():
-        if nn.parameter.is_lazy(parameter):
-            raise UnsupportedModuleError(
-                f"parameter {name!r} has no shape yet. Call the module on an example before you ask for its kernel."
-            )
-
-
-def _choose(named: Mapping[str, Tensor], params: ParameterChoice) -> list[str]:
-    """List the names that a choice of parameters fits, refusing a choice that fits none."""
-    for name, tensor in named.items():
-        if tensor.is_complex():
-            raise UnsupportedModuleError(f"parameter {name!r} is complex; the kernel of real parameters is meant here.")
-    real = {n: t for n, t in named.items() if t.is_floating_point()}
-    params = as_parameter_choice(params)
-    if params is None:
-        chosen = list(real)
-    elif callable(params):
-        chosen = [n for n, t in real.items() if params(n, t)]
-    else:
-        chosen = []
-        for pattern in params:
-            found = [n for n in real if n == pattern or fnmatch.fnmatchcase(n, pattern)]
-            if not found:
-                near = difflib.get_close_matches(pattern, real, n=3, cutoff=0.4) or list(real)[:5]
-                raise ArgumentError(f"params: no parameter is called {pattern!r}; did you mean {', '.join(near)}?")
-            chosen += found
-    if not chosen:
-        raise ArgumentError("params: no parameter was chosen, so that the kernel would be zero.")
-    return chosen
 
 
 def _is_same_memory(a: Tensor, b: Tensor) -> bool:

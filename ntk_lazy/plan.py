@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Literal, Self, TypeAlias, get_args
@@ -23,6 +23,7 @@ from ntk_lazy.errors import ArgumentError
 from ntk_lazy.model import FunctionalModel
 from ntk_lazy.outputs import OutputLayout
 from ntk_lazy.solves import PredictedSolve
+from ntk_lazy.threads import exclusive
 
 EngineName: TypeAlias = Literal["auto", "autodiff", "factors", "gram"]
 
@@ -69,7 +70,7 @@ class EngineSettings:
 
     def build(self, model: FunctionalModel, layout: OutputLayout, preflight: Preflight) -> Engine:
         """Build the engine for a model that has passed its preflight, or find the one that is running for it."""
-        for engine in self._running:
+        for engine in tuple(self._running):
             if engine.layout == layout and engine.model.has_tensors_of(model):
                 return engine
         budget, limit, size = self.memory_budget, self.max_dense_bytes, self.chunk_size
@@ -101,12 +102,16 @@ class EngineSettings:
 
         linear_operator takes an operator apart and builds it anew for each product that autograd may ask about.
         """
-        with engine.linearised(num_columns):
-            self._running.append(engine)
+        with ExitStack() as series:
+            with exclusive():  # no product of another thread is under way
+                series.enter_context(engine.linearised(num_columns))
+                self._running.append(engine)
             try:
                 yield
             finally:
-                self._running.remove(engine)
+                with exclusive():
+                    self._running.remove(engine)
+                    series.close()
 
 
 @dataclass(frozen=True)
@@ -300,8 +305,8 @@ class Plan:
             f"{'all of it' if self.engine == WEIGHTS else 'each product'}",
             *self._coverage_lines(),
         ]
-        note = self.preflight.derivatives.note
-        return "\n".join([*lines, f"  note     {note}"] if note else lines)
+        notes = (self.preflight.derivatives.note, *self.preflight.remarks)
+        return "\n".join([*lines, *(f"  note     {note}" for note in notes if note)])
 
     def _table(self) -> list[str]:
         if not self.alternatives:

@@ -18,43 +18,90 @@ from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
-_SWITCHES: tuple[Any, ...] = (
-    torch.backends.cuda.matmul,
-    torch.backends.cudnn.conv,  # type: ignore[attr-defined]
-    torch.backends.cudnn.rnn,
-    torch.backends.mkldnn.matmul,  # type: ignore[attr-defined]
-    torch.backends.mkldnn.conv,  # type: ignore[attr-defined]
-    torch.backends.mkldnn.rnn,  # type: ignore[attr-defined]
+from ntk_lazy.modes import ordinary_mode
+from ntk_lazy.threads import Shared, Undo
+
+# Precision of float32 products, by backend and operation. A switch that says "none" follows one of those before it.
+_LEVELS = (
+    (("generic", "all"),),
+    (("cuda", "all"), ("mkldnn", "all")),
+    tuple((backend, operation) for backend in ("cuda", "mkldnn") for operation in ("matmul", "conv", "rnn")),
 )
+
+
+def _turn_to_ieee() -> Undo:
+    """Switch to IEEE arithmetic; return how every switch is put back.
+
+    torch has two sets of switches for one thing, and raises where they contradict each other: at reading one of the
+    older ones, and in ``torch.backends.cudnn.flags``. Both are set, the older ones first: these set newer ones too.
+    """
+    found: dict[tuple[str, str], str] = {}
+    for level in _LEVELS:
+        # What each says itself shows where those that it may follow say nothing.
+        found |= {switch: torch._C._get_fp32_precision_getter(*switch) for switch in level}
+        _set(dict.fromkeys(level, "none"))
+    # Now that none of the newer ones contradicts them.
+    matmul, allows_tf32 = torch.get_float32_matmul_precision(), _allows_tf32()
+    _set_all_to_ieee()
+
+    def undo() -> None:
+        torch.set_float32_matmul_precision(matmul)
+        torch._C._set_cudnn_allow_tf32(allows_tf32)
+        _set(found)
+
+    return undo
+
+
+def _set_all_to_ieee() -> None:
+    torch.set_float32_matmul_precision("highest")
+    torch._C._set_cudnn_allow_tf32(False)
+    _set({switch: "ieee" for level in _LEVELS for switch in level})
+
+
+def _set(precisions: dict[tuple[str, str], str]) -> None:
+    for switch, precision in precisions.items():
+        torch._C._set_fp32_precision_setter(*switch, precision)
+
+
+def _allows_tf32() -> bool:
+    """Read the older switch of cuDNN, while the newer ones do not allow it."""
+    try:
+        return torch._C._get_cudnn_allow_tf32()
+    except RuntimeError:  # it contradicts them
+        return True
+
+
+def _turn_to_plain_attention() -> Undo:
+    fastpath, kernels = torch.backends.mha.get_fastpath_enabled(), ExitStack()
+    kernels.enter_context(sdpa_kernel(SDPBackend.MATH))
+    torch.backends.mha.set_fastpath_enabled(False)
+
+    def undo() -> None:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+        kernels.close()
+
+    return undo
+
+
+_IEEE = Shared(_turn_to_ieee, _set_all_to_ieee)
+_PLAIN_ATTENTION = Shared(_turn_to_plain_attention, lambda: None)
 
 
 @contextmanager
 def ieee_precision() -> Iterator[None]:
-    """Run float32 products in float32: no TF32, no bfloat16, no autocast; restore every switch after."""
-    before = [switch.fp32_precision for switch in _SWITCHES]
-    with ExitStack() as stack:
-        for device_type in ("cpu", "cuda"):
-            if torch.is_autocast_enabled(device_type):
-                stack.enter_context(torch.autocast(device_type, enabled=False))
-        try:
-            for switch in _SWITCHES:
-                switch.fp32_precision = "ieee"
-            yield
-        finally:
-            for switch, value in zip(_SWITCHES, before, strict=True):
-                switch.fp32_precision = value
+    """Run float32 products in float32: no TF32, no bfloat16, no autocast; and outside of inference mode.
+
+    Every switch is as it was after the last thread has left.
+    """
+    with ordinary_mode(), _IEEE.held():
+        yield
 
 
 @contextmanager
 def differentiable_attention() -> Iterator[None]:
     """Use the attention kernels that have a forward-mode rule: no fused fast path, no flash attention."""
-    fastpath = torch.backends.mha.get_fastpath_enabled()
-    with sdpa_kernel(SDPBackend.MATH):
-        torch.backends.mha.set_fastpath_enabled(False)
-        try:
-            yield
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fastpath)
+    with _PLAIN_ATTENTION.held():
+        yield
 
 
 class _DifferentiableWeightNorm(TorchFunctionMode):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ntk_lazy.errors import NonFiniteError, ShapeError
+from ntk_lazy.modes import as_recordable
 
 _FINGERPRINT_CHUNK = 4096
 
@@ -33,6 +34,8 @@ class Probes:
     def __post_init__(self) -> None:
         if not isinstance(self.inputs, Tensor):
             raise ShapeError(f"inputs must be a Tensor, not {type(self.inputs).__name__}; Probes.of reads arrays.")
+        _check_layout(self.inputs)
+        object.__setattr__(self, "inputs", as_recordable(self.inputs))
         if self.input_dims == -1:
             object.__setattr__(self, "input_dims", self.inputs.ndim - 1)
         if not 0 <= self.input_dims <= self.inputs.ndim - 1:
@@ -93,6 +96,19 @@ class Probes:
         return digest.hexdigest()[:16]
 
 
+def _check_layout(inputs: Tensor) -> None:
+    """Refuse tensors whose examples cannot be taken by slices."""
+    if inputs.is_nested:
+        raise ShapeError(
+            "inputs are a nested tensor, whose examples have different shapes. Pad them to one shape, "
+            "x.to_padded_tensor(0.0), and let the model mask what was added."
+        )
+    if inputs.layout != torch.strided:
+        raise ShapeError(f"inputs have the layout {inputs.layout}. Pass x.to_dense().")
+    if inputs.is_quantized:
+        raise ShapeError("inputs are quantized. Pass x.dequantize().")
+
+
 def _as_tensor(data: np.ndarray) -> Tensor:
     """View an array as a tensor; a memory map stays on disk. What torch cannot view is copied."""
     if any(stride < 0 for stride in data.strides) or not data.dtype.isnative:
@@ -100,4 +116,8 @@ def _as_tensor(data: np.ndarray) -> Tensor:
     with warnings.catch_warnings():
         # torch has no read-only tensors and warns of writing to one; nothing here writes to inputs.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        return torch.from_numpy(data)
+        try:
+            return torch.from_numpy(data)
+        except TypeError as error:
+            cure = "x.astype('float64')" if data.dtype.kind in "fc" else "an array of numbers, x.astype('float64')"
+            raise ShapeError(f"inputs are an array of {data.dtype}, which torch does not have. Pass {cure}.") from error

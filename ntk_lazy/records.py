@@ -10,6 +10,7 @@ import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
+from io import RawIOBase
 from pathlib import Path
 from typing import Any, Self, final
 
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 
 from ntk_lazy.errors import ArgumentError
+from ntk_lazy.folder_lock import exclusively
 
 _FORMAT = 1
 _PACKAGES = ("ntk-lazy", "torch", "linear_operator", "numpy")
@@ -50,12 +52,13 @@ class SpectrumRecord:
     """The spectrum at one step of training, how well it is known, and how it aligns.
 
     The fields are the same whatever happened: a solve that failed leaves empty spectra and says why in
-    ``message``; what was not asked for is an empty mapping.
+    ``message``; a measure that failed is missing from ``energies`` or ``scalars`` and says why in ``failures``, and
+    costs no other; what was not asked for is in neither.
 
     Attributes:
         step: Step of training, as the caller counts.
-        status: ``"converged"``, ``"partial"`` (the mask ``converged`` says which pairs hold) or ``"failed"``.
-        message: The error in words, or the completeness statement of the solver.
+        status: Of the pairs: ``"converged"``, ``"partial"`` (the mask ``converged`` says which hold) or ``"failed"``.
+        message: The error in words, or the completeness statement of the solver and what could not be measured.
         num_rows: n.
         values: Eigenvalues, descending.
         residual_norms: ``‖K v − λ v‖`` of each, recomputed by the solver.
@@ -65,6 +68,8 @@ class SpectrumRecord:
         scalars: Named numbers: ``loss``, ``trace``, ``effective_rank``, ``stability`` and so on.
         errors: Standard errors of those scalars that are estimates.
         cost: Block calls, columns, seconds and peak bytes of the solve; ``record_seconds`` for all of it.
+        failures: Reason for each number that was asked for and is missing, under its name in ``scalars``, or
+            ``energies.NAME``; ``pairs`` and ``vectors`` for a solve that failed and a file that could not be written.
         vectors: File with the eigenpairs, relative to the record's folder; None if they were not kept.
         provenance: Where the record comes from.
     """
@@ -81,6 +86,7 @@ class SpectrumRecord:
     scalars: Mapping[str, float] = field(default_factory=dict)
     errors: Mapping[str, float] = field(default_factory=dict)
     cost: Mapping[str, float] = field(default_factory=dict)
+    failures: Mapping[str, str] = field(default_factory=dict)
     vectors: str | None = None
     provenance: Provenance
 
@@ -90,16 +96,18 @@ class SpectrumRecord:
         return bool(self.values)
 
     @property
+    def is_below_noise(self) -> tuple[bool, ...]:
+        """Which values cannot be told from zero; none, where the floor is not known."""
+        return tuple(value <= self.noise_floor * self.values[0] for value in self.values)
+
+    @property
     def num_trusted(self) -> int:
         """How many leading pairs passed their test and lie above the noise floor.
 
         Energies beyond this index are not trustworthy: the vectors there are rounding errors.
         """
-        if not self.values:
-            return 0
-        floor = self.noise_floor * self.values[0]
-        for index, (value, passed) in enumerate(zip(self.values, self.converged, strict=True)):
-            if not passed or value <= floor:
+        for index, (is_below, passed) in enumerate(zip(self.is_below_noise, self.converged, strict=True)):
+            if is_below or not passed:
                 return index
         return len(self.values)
 
@@ -111,6 +119,14 @@ class SpectrumRecord:
     def scalar(self, name: str) -> float:
         """Return a named number, or NaN where it was not measured."""
         return self.scalars.get(name, math.nan)
+
+    @property
+    def failures_in_words(self) -> str:
+        """What is missing, each reason with the names it costs; empty if nothing is."""
+        names: dict[str, list[str]] = {}
+        for name, reason in self.failures.items():
+            names.setdefault(reason, []).append(name)
+        return "; ".join(f"{reason} ({', '.join(costs)})" for reason, costs in names.items())
 
     def to_json(self) -> str:
         """Write the record as one line of strict JSON; a number that is not finite becomes null."""
@@ -136,6 +152,7 @@ class SpectrumRecord:
             known["energies"] = {n: tuple(map(_number, curve)) for n, curve in known["energies"].items()}
             for name in ("scalars", "errors", "cost"):
                 known[name] = {n: _number(v) for n, v in known[name].items()}
+            known["failures"] = {n: str(v) for n, v in known.get("failures", {}).items()}
             return cls(**known)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ArgumentError(f"this line is not a spectrum record ({error!r}): {line[:80]!r}") from error
@@ -153,24 +170,34 @@ def versions() -> dict[str, str]:
 
 
 def append_record(path: Path, record: SpectrumRecord) -> None:
-    """Append a record as one line, in one write, on the disk before this returns.
+    """Append a record as one line, on the disk before this returns, or leave the file as it was.
 
-    An unfinished last line, left by a process that was killed, is cut off first.
+    Of several processes one writes at a time. An unfinished last line, left by a process that was killed, is cut off
+    first.
+
+    Raises:
+        OSError: The file cannot be written to, such as on a full disk.
     """
-    with path.open("ab+") as file:
-        file.seek(0, os.SEEK_END)
-        if file.tell():
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                file.seek(0)
-                file.truncate(file.read().rfind(b"\n") + 1)
-        file.write(record.to_json().encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
+    line = record.to_json().encode() + b"\n"
+    # Unbuffered: what a buffer holds back would be written when the file is closed, after the failure is known.
+    with path.open("ab+", buffering=0) as file, exclusively(file.fileno()):
+        end = _end_of_last_line(file)
+        file.truncate(end)
+        try:
+            written = 0
+            while written < len(line):
+                written += file.write(line[written:])
+            os.fsync(file.fileno())
+        except OSError:
+            file.truncate(end)
+            raise
 
 
 def read_records(path: Path) -> list[SpectrumRecord]:
-    """Read all records of a JSON Lines file in their order; an unfinished last line is passed over.
+    """Read the records of a JSON Lines file in their order; an unfinished last line is passed over.
+
+    There is one for each step: of several, such as those of two processes that have written at once, the last that
+    holds a spectrum, or the last at all.
 
     Raises:
         ArgumentError: The file is missing, or a line other than the last is not a record.
@@ -180,7 +207,23 @@ def read_records(path: Path) -> list[SpectrumRecord]:
     except OSError as error:
         raise ArgumentError(f"cannot read the records {path}: {error.strerror}.") from error
     complete = text[: text.rfind(b"\n") + 1].decode(errors="replace")
-    return [SpectrumRecord.from_json(line) for line in complete.splitlines() if line.strip()]
+    found = [SpectrumRecord.from_json(line) for line in complete.splitlines() if line.strip()]
+    chosen: dict[int, int] = {}
+    for index, record in enumerate(found):
+        if record.is_usable or not found[chosen.get(record.step, index)].is_usable:
+            chosen[record.step] = index
+    return [record for index, record in enumerate(found) if chosen[record.step] == index]
+
+
+def _end_of_last_line(file: RawIOBase) -> int:
+    """Return the length of a file without what stands behind its last line break."""
+    size = file.seek(0, os.SEEK_END)
+    if size:
+        file.seek(-1, os.SEEK_END)
+        if file.read(1) != b"\n":
+            file.seek(0)
+            return (file.readall() or b"").rfind(b"\n") + 1
+    return size
 
 
 def _known(kind: type, data: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,8 +15,8 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
-from ntk_lazy.alignment import kernel_target_alignment
-from ntk_lazy.dynamics import LossReduction, stability
+from ntk_lazy.columns import check_numbers
+from ntk_lazy.dynamics import LossReduction
 from ntk_lazy.eigen import EigenResult, Solver, SolveState, eigsh
 from ntk_lazy.eigen.arguments import as_seed, as_tolerance, check_progress, check_solver
 from ntk_lazy.engines.chunks import parse_budget
@@ -26,28 +26,21 @@ from ntk_lazy.errors import (
     BudgetError,
     NonFiniteError,
     NotConvergedError,
-    NTKLazyError,
     ShapeError,
 )
-from ntk_lazy.estimate import effective_rank, frobenius_norm, trace
 from ntk_lazy.kernel import ntk
-from ntk_lazy.learning import Learning
-from ntk_lazy.model import FunctionalModel, OutputFunction, ParameterChoice, as_parameter_choice, check_output_fn
+from ntk_lazy.measures import Measures, Subject
+from ntk_lazy.model import OutputFunction, ParameterChoice, as_parameter_choice, check_output_fn
 from ntk_lazy.operator import NTKLinearOperator
 from ntk_lazy.outputs import OutputMode, as_output_mode
-from ntk_lazy.precision import ieee_precision
 from ntk_lazy.probes import Probes
-from ntk_lazy.records import Provenance, SpectrumRecord, append_record, read_records, versions
+from ntk_lazy.record_folder import RecordFolder
+from ntk_lazy.records import Provenance, SpectrumRecord, versions
 from ntk_lazy.schedule import LogSpaced
+from ntk_lazy.setbacks import SETBACKS, in_words, is_setback
 
 _LOG = logging.getLogger(__name__)
-# What a solve may end with that is no fault of the training loop. An exception of the user's model is not among them.
-_SOLVE_ERRORS: tuple[type[Exception], ...] = (
-    NTKLazyError,
-    torch.linalg.LinAlgError,  # type: ignore[attr-defined]
-    torch.OutOfMemoryError,
-    MemoryError,
-)
+_NOT_KEPT: tuple[type[Exception], ...] = (OSError, *SETBACKS)
 
 
 @final
@@ -64,14 +57,17 @@ class SpectrumTracker:
             optimiser.step()
 
     Each solve starts from the vectors of the one before, which pays once the kernel moves slowly. A solve that
-    fails becomes a record with ``status="failed"`` and a line in the log: it never ends the training. What the
-    user's own model raises reaches the user. Model, mode, gradients and the global RNG are left as they were.
+    fails becomes a record with ``status="failed"`` and a line in the log: it never ends the training. A measure that
+    fails is missing, with its reason in ``failures``, and costs no other. A record that cannot be written, such as on a
+    full disk, is kept in memory and written with a later one. What the user's own model raises reaches the user. Model,
+    mode, gradients and the global RNG are left as they were.
 
     Attributes:
         probes: The examples, N of them: a Tensor, an array, or Probes. Often those of the training.
         k: Pairs in each record; all n if there are fewer rows.
         folder: Where ``spectrum.jsonl`` is kept. A folder that holds records already is gone on with, provided that
-            they were made with the same probes. None keeps the records in memory only.
+            they were made with the same probes. One process at a time writes to a folder. None keeps the records in
+            memory only.
         schedule: Which steps are due: anything that ``step in schedule`` can be asked of.
         keep_vectors: Whether the pairs of each record are written beside it, ``vectors/step-….safetensors``; needs a
             folder, and lets a resumed run start as warm as an uninterrupted one.
@@ -105,6 +101,7 @@ class SpectrumTracker:
     progress: bool | Callable[[SolveState], object] = False
     records: list[SpectrumRecord] = field(default_factory=list, init=False)
     _pairs: EigenResult | None = field(default=None, init=False, repr=False)
+    _kept: RecordFolder | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.k = _count(self.k)
@@ -125,8 +122,9 @@ class SpectrumTracker:
         self._fingerprint = self.probes.fingerprint()
         if self.folder is not None:
             self.folder = Path(self.folder)
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._go_on(self.folder)
+            self._kept = RecordFolder(self.folder)
+            self.records = self._kept.read(fingerprint=self._fingerprint)
+            self._pairs = self._kept.latest_pairs(self.records)
 
     @property
     def pairs(self) -> EigenResult | None:
@@ -136,6 +134,16 @@ class SpectrumTracker:
     def due(self, step: int) -> bool:
         """Whether the schedule asks for this step and it has not been recorded yet."""
         return step in self.schedule and all(r.step != step for r in self.records)
+
+    @property
+    def unsaved(self) -> tuple[SpectrumRecord, ...]:
+        """Records that the folder had no room for; the next one writes them, or ``append_record`` to another file."""
+        return () if self._kept is None else tuple(self._kept.unsaved)
+
+    def close(self) -> None:
+        """Let another process write to the folder; otherwise it may when this tracker, or its process, has gone."""
+        if self._kept is not None:
+            self._kept.close()
 
     @torch.no_grad()
     def record(
@@ -157,35 +165,38 @@ class SpectrumTracker:
         Cost: one eigensolve, the exact trace (one gradient an example), and a few single products.
 
         Raises:
-            ArgumentError: The target is no array of numbers. The model does not fit the probes or the settings, as long
-                as no record has succeeded; later it makes a failed record.
+            ArgumentError: The target is no array of numbers, or holds the labels of classes. The folder is in use by
+                another process, or by a later tracker of this one. The model does not fit the probes or the settings,
+                as long as no record has succeeded; later it makes a failed record.
             ShapeError: The target does not fit the probes or the outputs.
             UnsupportedModuleError: The model has no kernel, as long as no record has succeeded; later, such as in train
                 mode with dropout by mistake, it makes a failed record.
         """
-        target = _target(target)
+        target, rate = _target(target), _rate(lr)
         if target is not None and target.shape[:1] != (self.probes.num_examples,):
             raise ShapeError(
                 f"the target has shape {tuple(target.shape)}, but there are {self.probes.num_examples} probes."
             )
+        if self._kept is not None:
+            self._kept.claim()
         started = time.perf_counter()
         K: NTKLinearOperator | None = None
         try:
             K = self._kernel(model)
-        except _SOLVE_ERRORS as error:
-            if _is_misuse(error) and not any(r.is_usable for r in self.records):
+        except SETBACKS as error:
+            if not is_setback(error) or (_is_misuse(error) and not any(r.is_usable for r in self.records)):
                 raise
             known = _failed(0, error)
         else:
             self._check_target(K, target)
-            known = self._observe(model, K, step, lr, target)
+            known = self._observe(model, K, step, rate, target)
         known["cost"] = {**known.get("cost", {}), "record_seconds": time.perf_counter() - started}
         record = SpectrumRecord(step=step, **known, provenance=self._provenance(K))
         if not record.is_usable:
             _LOG.warning("no spectrum at step %d: %s", step, record.message)
         self.records.append(record)
-        if isinstance(self.folder, Path):
-            append_record(self.folder / "spectrum.jsonl", record)
+        if self._kept is not None:
+            self._kept.append(record)
         return record
 
     def _kernel(self, model: nn.Module) -> NTKLinearOperator:
@@ -211,19 +222,34 @@ class SpectrumTracker:
         self, model: nn.Module, K: NTKLinearOperator, step: int, lr: float | None, target: Tensor | None
     ) -> dict[str, Any]:
         """Solve and measure; what fails is said in the fields of the record."""
+        pairs: EigenResult | None = None
         try:
             pairs = self._solve(K)
             if not pairs.values.numel():
                 raise NotConvergedError(f"no pair was found: {pairs.status}", result=pairs)
-        except _SOLVE_ERRORS as error:
-            return _failed(K.shape[0], error)
-        self._pairs = pairs
-        known = {"num_rows": K.shape[0], "vectors": self._keep(pairs, step), **_of_pairs(pairs)}
-        try:
-            known |= self._measure(model, K, pairs, lr, target)
-        except _SOLVE_ERRORS as error:
-            # The pairs are good and dear: they are kept without what could not be measured of them.
-            known["message"] += f"; not measured: {type(error).__name__}: {error}"
+        except SETBACKS as error:
+            if not is_setback(error):
+                raise
+            pairs, known = None, _failed(K.shape[0], error)
+        else:
+            self._pairs = pairs
+            known = {"num_rows": K.shape[0], **_of_pairs(pairs), **self._keep(pairs, step)}
+        subject = Subject(
+            model=model,
+            kernel=K,
+            inputs=self.probes.inputs,
+            params=self.params,
+            output_fn=self.output_fn,
+            outputs=self.outputs,
+            reduction=self.reduction,
+            seed=self.seed,
+        )
+        found = Measures.take(subject, pairs, lr=lr, target=target)
+        known |= {"energies": found.energies, "scalars": found.scalars, "errors": found.errors}
+        known["failures"] = {**known["failures"], **found.failures}
+        if found.unexpected and pairs is not None:
+            reasons = [f"{reason} ({', '.join(names)})" for reason, names in found.unexpected.items()]
+            known["message"] += f"; not measured: {'; '.join(reasons)}"
             _LOG.warning("step %d: %s", step, known["message"])
         return known
 
@@ -243,67 +269,17 @@ class SpectrumTracker:
             progress=self.progress,
         )
 
-    def _measure(
-        self, model: nn.Module, K: NTKLinearOperator, pairs: EigenResult, lr: float | None, target: Tensor | None
-    ) -> dict[str, Any]:
-        """Measure everything that the pairs and a few products give."""
-        norm = frobenius_norm(K, pairs=pairs, seed=self.seed)
-        total = trace(K)
-        rank = effective_rank(K, trace=total, frobenius=norm)
-        scalars = {"trace": total.value, "frobenius_norm": norm.value, "effective_rank": rank.value}
-        errors = {"frobenius_norm": norm.standard_error, "effective_rank": rank.standard_error}
-        energies: dict[str, tuple[float, ...]] = {}
-        if lr is not None:
-            edge = stability(
-                pairs, lr, num_examples=K.num_examples, num_outputs=K.num_outputs, reduction=self.reduction
-            )
-            scalars |= {"lr": lr, "stability": edge.value, "critical_eigenvalue": edge.critical_eigenvalue}
-        if target is not None:
-            with ieee_precision():
-                learning = Learning.of(
-                    FunctionalModel.from_module(model, params=self.params, output_fn=self.output_fn),
-                    K,
-                    self.probes.inputs,
-                    target,
-                    outputs=self.outputs,
-                    reduction=self.reduction,
-                )
-                energies, scalars["loss"] = learning.energies(pairs), learning.loss
-                if bool((learning.target != 0).any()):
-                    aligned = kernel_target_alignment(K, learning.target, frobenius=norm)
-                    scalars["kernel_target_alignment"] = aligned.value
-                    errors["kernel_target_alignment"] = aligned.standard_error
-                if learning.loss > 0:
-                    scalars["spectral_position"] = learning.spectral_position(total)
-                if lr is not None and self.outputs == "full":
-                    scalars |= learning.first_order(lr)
-        return {"energies": energies, "scalars": scalars, "errors": errors}
-
-    def _keep(self, pairs: EigenResult, step: int) -> str | None:
-        """Write the pairs beside the records; return their place relative to the folder."""
-        if not self.keep_vectors or not isinstance(self.folder, Path):
-            return None
-        name = f"vectors/step-{step:08d}.safetensors"
-        path = self.folder / name
-        path.parent.mkdir(exist_ok=True)
-        pairs.save(path)
-        return name
-
-    def _go_on(self, folder: Path) -> None:
-        """Take over the records of an earlier process, and the vectors of the last of them."""
-        path = folder / "spectrum.jsonl"
-        if not path.exists():
-            return
-        self.records = read_records(path)
-        for record in self.records:
-            if record.provenance.probes != self._fingerprint:
-                raise ArgumentError(
-                    f"{path} holds records of other probes ({record.provenance.probes}, and these are "
-                    f"{self._fingerprint}). Choose another folder."
-                )
-        kept = [r.vectors for r in self.records if r.vectors is not None]
-        if kept:
-            self._pairs = EigenResult.load(folder / kept[-1])
+    def _keep(self, pairs: EigenResult, step: int) -> dict[str, Any]:
+        """Write the pairs beside the records; return the fields of the record that say where, or why not."""
+        if not self.keep_vectors or self._kept is None:
+            return {"vectors": None, "failures": {}}
+        try:
+            return {"vectors": self._kept.keep(pairs, step), "failures": {}}
+        except _NOT_KEPT as error:
+            if not (isinstance(error, OSError) or is_setback(error)):
+                raise
+            _LOG.warning("the pairs of step %d cannot be written: %s", step, error)
+            return {"vectors": None, "failures": {"vectors": in_words(error)}}
 
     def _provenance(self, K: NTKLinearOperator | None) -> Provenance:
         device = self.probes.inputs.device if K is None else K.device
@@ -341,11 +317,23 @@ def _target(target: Tensor | ArrayLike | None) -> Tensor | None:
     if target is None:
         return None
     try:
-        return torch.as_tensor(target)
+        values = torch.as_tensor(target)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ArgumentError(
             f"the target must be a Tensor, an array or a list of numbers, not this {type(target).__name__}: {error}"
         ) from error
+    check_numbers(values, name="target")
+    return values
+
+
+def _rate(lr: Any) -> float | None:
+    """Read a learning rate of any kind; one that no step can be taken with costs the numbers that need it."""
+    if lr is None:
+        return None
+    try:
+        return float(lr)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ArgumentError(f"lr must be a number, not {lr!r}.") from error
 
 
 def _of_pairs(pairs: EigenResult) -> dict[str, Any]:
@@ -371,9 +359,10 @@ def _failed(num_rows: int, error: BaseException) -> dict[str, Any]:
     return {
         "num_rows": num_rows,
         "status": "failed",
-        "message": f"{type(error).__name__}: {error}",
+        "message": in_words(error),
         "values": (),
         "residual_norms": (),
         "converged": (),
         "noise_floor": math.nan,
+        "failures": {"pairs": in_words(error)},
     }

@@ -1,6 +1,14 @@
-"""Settings of the test run: one thread, repeatable examples, shapes checked where they are declared."""
+"""Settings of the test run: one thread, a machine that is given, repeatable examples, shapes checked where declared.
+
+The environment may decide otherwise, as ``nox -s portability`` has it: ``OMP_NUM_THREADS`` threads, on the machine of
+``tests/machine.py`` that is named by ``TESTS_MACHINE`` ("measured" for the one that is there), with float32 products by
+``TESTS_ROUTE``.
+"""
 
 from __future__ import annotations
+
+import os
+from collections.abc import Iterator
 
 import gpytorch
 import linear_operator
@@ -12,10 +20,23 @@ from jaxtyping import install_import_hook
 # Before the first import of the package: the shapes that it declares are then checked at every call.
 install_import_hook("ntk_lazy", "shape_checker.check_shapes")
 
+import machine  # noqa: E402
 from case import Case  # noqa: E402
 
-# Small tensors are faster on one thread, and sums then come out the same on every machine.
-torch.set_num_threads(1)
+# Small tensors are faster on one thread.
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+_MACHINE, _ROUTE = os.environ.get("TESTS_MACHINE", "usual"), os.environ.get("TESTS_ROUTE", "blas")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def given_machine() -> Iterator[None]:
+    """Give all tests one machine: what is chosen by measured rates is chosen otherwise on each."""
+    if _MACHINE == "measured":
+        yield
+        return
+    with machine.given(_MACHINE, _ROUTE):
+        yield
+
 
 settings.register_profile(
     "repeatable",

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.checkpoint import checkpoint
 
@@ -372,6 +373,25 @@ class WrongForwardRule(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor) -> Tensor:
         return 3 * ctx.saved_tensors[0] * tangent
+
+
+class OnceDifferentiable(torch.autograd.Function):
+    """The square, by an operation that has a backward pass and nothing else, as fused kernels have."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return 2 * ctx.saved_tensors[0] * gradient
+
+
+def once_differentiable_square(x: Tensor) -> Tensor:
+    """Apply ``OnceDifferentiable``."""
+    return OnceDifferentiable.apply(x)
 
 
 def wrong_forward_square(x: Tensor) -> Tensor:

@@ -365,3 +365,25 @@ def test_layer_energies_refuse_what_has_no_layers():
     with pytest.raises(nl.ShapeError):
         nl.layer_energies(torch.eye(5, dtype=torch.float64), K)
     assert set(nl.layer_energies(pairs, K)) == {""}
+
+
+LABELLED = {
+    "relative_energy": lambda K, labels: relative_energy(torch.eye(12, dtype=torch.float64), labels),
+    "kernel_target_alignment": kernel_target_alignment,
+    "spectral_position": spectral_position,
+    "first_order_step": lambda K, labels: nl.first_order_step(K, labels, 0.1),
+    "information_flow": lambda K, labels: nl.information_flow(nl.eigsh(K, 3), labels, 0.1, kernel=K),
+}
+
+
+@pytest.mark.parametrize("measure", LABELLED)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
+def test_labels_of_classes_are_not_taken_for_numbers(measure, dtype):
+    K = matrix(torch.arange(12, 0, -1).double(), seed=0)
+    labels = torch.arange(12) % 4
+    for wrong in (labels.to(dtype), labels.to(dtype).reshape(12, 1), labels.to(dtype).reshape(4, 3)):
+        with pytest.raises(ArgumentError, match="one_hot"):
+            LABELLED[measure](K, wrong)
+    code = nn.functional.one_hot(labels, 4).to(dtype)
+    for right in (code, code[:, 1].bool(), labels.double()):
+        LABELLED[measure](K, right)

@@ -8,7 +8,7 @@ from linear_operator.utils import linear_cg
 from linear_operator.utils.warnings import NumericalWarning
 from torch import Generator, Tensor
 
-from ntk_lazy.linalg.conjugate_gradients import Preconditioner, conjugate_gradients
+from ntk_lazy.linalg.conjugate_gradients import FROM_ROUNDING, Map, Preconditioner, conjugate_gradients
 from ntk_lazy.linalg.nystrom import nystrom_root
 
 N = 80
@@ -76,19 +76,66 @@ def test_rounding_that_hides_the_residual_is_noticed():
     assert (found.residuals[0] < 10 * true + 1e-5).all()
 
 
+def _turned(A: Tensor) -> Map:
+    order = torch.randperm(A.shape[1], generator=Generator().manual_seed(3))
+    return lambda V: A[:, order] @ V[order]
+
+
+def _by_blocks(A: Tensor) -> Map:
+    return lambda V: sum(a @ v for a, v in zip(A.split(64, 1), V.split(64), strict=True))
+
+
+def _in_float64(A: Tensor) -> Map:
+    return lambda V: (A.double() @ V.double()).float()
+
+
+def _one_by_one(A: Tensor) -> Map:
+    """Sums of one term after another round at each: a normal number in all, three times as large to be on that side."""
+
+    def product(V: Tensor) -> Tensor:
+        # The same for the same vectors.
+        generator = Generator().manual_seed(int(1e4 * V.abs().sum().log2().nan_to_num(0, 0, 0)) % 2**31)
+        exact = A.double() @ V.double()
+        size = 3 * torch.finfo(A.dtype).eps * (A.double().square() @ V.double().square()).sqrt()
+        return (exact + size * torch.randn(exact.shape, generator=generator, dtype=torch.float64)).float()
+
+    return product
+
+
+# Products as other processors make them: their sums are in another order, or in longer registers, or in none.
+KERNELS = {
+    "of this processor": lambda A: lambda V: A @ V,
+    "in another order": _turned,
+    "by blocks": _by_blocks,
+    "in float64": _in_float64,
+    "one by one": _one_by_one,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize(("power", "noise"), [(1.0, 1e-4), (2.0, 1e-6), (3.0, 3e-7), (4.0, 1e-6)])
-def test_few_steps_are_taken_beyond_what_rounding_allows(power: float, noise: float):
-    n = 600
+def test_few_steps_are_taken_beyond_what_rounding_allows(power: float, noise: float, kernel: str):
+    n, rtol = 300, 1e-7  # of which no float32 solution knows anything
     A = (matrix(power, size=n) + noise * torch.eye(n, dtype=torch.float64)).float()
     B = torch.randn(n, 2, generator=Generator().manual_seed(0))
-    found = conjugate_gradients(lambda V: A @ V, B, rtol=1e-6, max_steps=10_000)
-    true = (B.double() - A.double() @ found.X.double()).norm(dim=0) / B.norm(dim=0)
-    assert (found.residuals > 1e-6).all()
-    torch.testing.assert_close(found.residuals[0].log(), true.log(), rtol=0, atol=0.7)
-    torch.testing.assert_close(found.rounding.log(), found.residuals.log(), rtol=0, atol=0.7)
-    # Steps that went on for the tolerance took 1.5 to 12 times what is needed for a residual near that.
-    least = conjugate_gradients(lambda V: A @ V, B, rtol=float(4 * found.rounding.max()), max_steps=10_000)
-    assert found.num_products < 2.5 * least.num_products
+    matmul = KERNELS[kernel](A)
+    found = conjugate_gradients(matmul, B, rtol=rtol, max_steps=10_000)
+    exact = A.double() @ found.X.double()
+    true = (B.double() - exact).norm(dim=0) / B.double().norm(dim=0)
+    assert (true > rtol).all()
+    # What a product with these solutions is off by, of several that round anew: along few directions where few
+    # eigenvalues dominate, so that a sample is a normal number and may be small. Of eight the largest is exceeded four
+    # times over by one in 4,000.
+    samples = [unit * matmul(found.X / unit).double() - exact for unit in (1.0, 3.0, 5.0, 7.0)]
+    rounding = float(torch.stack(samples).norm(dim=1).max() / B.double().norm(dim=0).min())
+    assert ((found.residuals[0] - true).abs() <= 4 * rounding).all()
+    # Ten times the rounding that the solver sees, which is the difference of two products.
+    assert (found.residuals <= 2 * FROM_ROUNDING * rounding).all()
+    # At most one round more of as many steps, and a few products that measure: beside a solve which asks for no more
+    # than twice the residual that came out, and so sees nothing of rounding.
+    least = conjugate_gradients(matmul, B, rtol=float(2 * found.residuals.max()), max_steps=10_000)
+    assert found.num_products <= 2.5 * least.num_products
 
 
 def test_what_a_later_round_makes_worse_is_not_taken():
@@ -98,11 +145,11 @@ def test_what_a_later_round_makes_worse_is_not_taken():
         calls.append(V)
         if len(calls) <= 3:  # steps, after which the recurrence is done
             return A @ V
-        # It is measured, twice, to be off by a tenth of B; then nothing is right any more.
-        return A @ V - 0.1 * A @ V if len(calls) <= 5 else -A @ V
+        # It is measured, in four units, to be off by a tenth of B; then nothing is right any more.
+        return A @ V - 0.1 * A @ V if len(calls) <= 7 else -A @ V
 
     found = conjugate_gradients(matmul, B, rtol=1e-6, max_steps=100)
-    assert len(calls) > 5
+    assert len(calls) > 7
     torch.testing.assert_close(found.residuals, torch.full((1, 1), 0.1).double())
     torch.testing.assert_close(A @ found.X, B)
 

@@ -23,6 +23,7 @@ FALLBACKS = {
     "token positions": "'positions' (Embedding)",
     "lstm, float32": "LSTM",
 }
+BY_ROWS = {"differentiable once": "Headed", "embedding bag": "'0' (EmbeddingBag)"}
 LOOPED = {
     "writes in place",
     "branch on data",
@@ -33,6 +34,7 @@ LOOPED = {
     "lstm",
     "gru, two ways, two layers",
     *FALLBACKS,
+    *BY_ROWS,
 }
 
 
@@ -72,11 +74,9 @@ def test_the_way_of_multiplying_is_the_expected_one_and_a_fallback_names_its_mod
     diagnosis = diagnose(case)
     assert diagnosis.is_supported
     assert diagnosis.plan is not None
-    assert diagnosis.plan.preflight.derivatives.mode == (
-        "double-reverse" if case.name in FALLBACKS else "forward-over-reverse"
-    )
-    if case.name in FALLBACKS:
-        assert FALLBACKS[case.name] in str(diagnosis)
+    modes = dict.fromkeys(FALLBACKS, "double-reverse") | dict.fromkeys(BY_ROWS, "reverse by rows")
+    assert diagnosis.plan.preflight.derivatives.mode == modes.get(case.name, "forward-over-reverse")
+    assert (FALLBACKS | BY_ROWS).get(case.name, "") in str(diagnosis)
     assert diagnosis.plan.preflight.derivatives.vectorises == (case.name not in LOOPED)
 
 

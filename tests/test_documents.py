@@ -77,6 +77,8 @@ def _check_output(where: str, printed: str, shown: str) -> None:
     "name", ["README.md", *(f"docs/{p}.md" for p in ("tutorial", "how-it-fits", "gp", "uncertainty"))]
 )
 def test_every_block_of_python_runs_and_prints_what_the_page_shows(name, tmp_path, monkeypatch):
+    if "from botorch" in (ROOT / name).read_text(encoding="utf-8"):
+        pytest.importorskip("botorch", reason="BoTorch is not installed")
     monkeypatch.chdir(tmp_path)
     compared = _run(ROOT / name)
     assert compared

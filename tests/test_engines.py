@@ -82,6 +82,7 @@ WITHOUT_RULES = {
     "weight norm, by hook",
     "spectral norm, eval",
     "lstm, float32",  # one fused operation
+    "embedding bag",  # likewise
     "branch on data",  # each example by itself
     "checkpoint first",  # without a graph of its inside
     "unused layer",

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from ntk_lazy.gemm import add_gram_, by_blas, by_onednn, times_transposed
+from ntk_lazy.engines.rates import _measured
+from ntk_lazy.gemm import _fastest, add_gram_, by_blas, by_onednn, times_transposed
 from ntk_lazy.precision import ieee_precision
 
 SHAPES = [
@@ -61,3 +62,14 @@ def test_products_of_batches_are_those_of_their_matrices(dtype):
         assert ((found - one.double() @ two.double().mT).abs() <= bound(one, two)).all()
     for found, one in zip(times_transposed(A, B[0]), A, strict=True):  # one matrix for all of a batch
         assert ((found - one.double() @ B[0].double().mT).abs() <= bound(one, B[0])).all()
+
+
+# Taken when this file is read, before any test is given a machine.
+def test_the_machine_that_is_there_is_measured_once():
+    for shape in ((True, True), (True, False), (False, True), (False, False)):
+        assert _fastest(*shape, torch.get_num_threads()) in (by_blas, by_onednn)
+    for dtype in (torch.float32, torch.float64):
+        found = _measured("cpu", dtype, torch.get_num_threads())
+        assert found.flops > 0
+        assert found.bytes > 0
+        assert _measured("cpu", dtype, torch.get_num_threads()) is found

@@ -40,8 +40,11 @@ def test_a_part_of_a_memory_map_is_read_as_numpy_reads_it(model, x, tmp_path, pa
 
 
 def test_other_byte_and_index_orders_are_read_right(model, x):
-    assert torch.equal(_dense(model, x.numpy().astype(">f8")), _dense(model, x))
-    assert torch.equal(_dense(model, np.asfortranarray(x.numpy())), _dense(model, x))
+    expected = _dense(model, x)
+    for other in (x.numpy().astype(">f8"), np.asfortranarray(x.numpy())):
+        # Strides decide which kernels multiply, and so in which order they add up; P is far more than any sum has.
+        allowed = 1e2 * torch.finfo(x.dtype).eps * expected.diagonal().max()
+        assert (_dense(model, other) - expected).abs().max() <= allowed
 
 
 def test_a_read_only_map_is_viewed_and_not_copied(x, tmp_path):

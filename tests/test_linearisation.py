@@ -17,8 +17,12 @@ from ntk_lazy.engines.linearisation import DoubleReverse, ForwardOverReverse, Li
 
 SHIFTED = ["tanh", "tied weights", "lstm", "weight norm", "checkpoint", "checkpoint first", "batch norm, eval"]
 # Torch's own second derivative of weight normalisation is wrong, so that it is no oracle: differences are.
+NO_ORACLE = {"weight norm", "weight norm, by hook"}
+ONCE_DIFFERENTIABLE = {"differentiable once", "embedding bag"}
 TWICE_DIFFERENTIABLE = [
-    case for case in RIGHT if case.params is None and case.dtype == torch.float64 and "weight norm" not in case.name
+    case
+    for case in RIGHT
+    if case.params is None and case.dtype == torch.float64 and case.name not in NO_ORACLE | ONCE_DIFFERENTIABLE
 ]
 WITHOUT_FORWARD_MODE = {"checkpoint", "checkpoint first"}
 
@@ -75,6 +79,18 @@ def test_gradients_of_a_quadratic_form_equal_those_through_the_dense_jacobian(ca
         for (name, parameter), g, e in zip(module.named_parameters(), found, expected, strict=True):
             difference = (torch.zeros_like(parameter) if g is None else g) - e
             assert float(difference.abs().max()) <= case.tolerance * scale, name
+
+
+@pytest.mark.parametrize("name", sorted(ONCE_DIFFERENTIABLE))
+@pytest.mark.parametrize("engine", ["auto", "autodiff", "factors", "gram"])
+def test_a_gradient_that_would_lack_a_part_is_refused(name: str, engine: str):
+    case = named(name)
+    module, x = case.module().requires_grad_(True), case.inputs(3)
+    K = nl.ntk(module, x, engine=engine)
+    weight = next(module.parameters())
+    for value in ((K @ normal(K.shape[0], 1)).sum(), K.to_dense().sum(), K.diagonal().sum(), K[0, 1]):
+        with pytest.raises(nl.UnsupportedModuleError, match="differentiable itself"):
+            torch.autograd.grad(value, weight)
 
 
 @pytest.mark.parametrize("name", ["tanh", "weight norm", "weight norm, by hook", "layer norm", "encoder layer, train"])

@@ -5,12 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import machine
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import ntk_lazy as nl
+from ntk_lazy.engines import contract
 from ntk_lazy.engines.flops import FlopCount
 
 
@@ -82,3 +84,22 @@ assert not K.explain().preflight.coverage.uncovered
 def test_products_with_a_covered_model_do_not_load_the_compiler_of_torch():
     found = subprocess.run([sys.executable, "-c", _FRESH], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "False"
+
+
+def test_how_a_model_differentiates_is_found_out_where_it_may_save_more_than_that_takes(monkeypatch):
+    torch.manual_seed(0)
+    x, V = torch.randn(50, 3), torch.randn(50, 1)
+    with machine.given("fast products"):  # by which automatic differentiation is predicted to be the fastest
+        K = nl.ntk(nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1)), x).detach()
+        preflight = K.gramian.engine.preflight
+        first = K @ V
+        assert not preflight.knows_derivatives
+        missed = preflight._missed
+        # Many short products are a long one.
+        monkeypatch.setattr(contract, "_SECONDS_TO_FIND_OUT", 2.5 * missed)
+        K @ V
+        assert not preflight.knows_derivatives
+        again = K @ V
+        assert preflight.knows_derivatives
+        assert K.explain(1).engine == "autodiff"
+        assert (again - first).abs().max() <= 1e2 * torch.finfo(x.dtype).eps * first.abs().max()

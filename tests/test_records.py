@@ -7,6 +7,7 @@ import json
 import math
 
 import pytest
+from full_disk import no_file_beyond
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -125,3 +126,43 @@ def test_an_energy_beyond_the_pairs_is_not_a_number():
 
 def test_the_versions_name_what_computed_the_numbers():
     assert {"python", "torch", "linear_operator"} <= versions().keys()
+
+
+def test_a_line_that_finds_no_room_leaves_the_file_as_it_was(tmp_path):
+    path = tmp_path / "spectrum.jsonl"
+    append_record(path, make_record(0))
+    before = path.read_bytes()
+    for room in (len(before), len(before) + 100):
+        with no_file_beyond(room), pytest.raises(OSError, match="too large"):
+            append_record(path, make_record(1))
+        assert path.read_bytes() == before
+    append_record(path, make_record(2))
+    assert [r.step for r in read_records(path)] == [0, 2]
+
+
+def test_of_several_records_of_one_step_the_last_with_a_spectrum_is_read(tmp_path):
+    path = tmp_path / "spectrum.jsonl"
+    empty = {"status": "failed", "values": (), "residual_norms": (), "converged": ()}
+    lines = [
+        make_record(0, message="first"),
+        make_record(0, message="second"),
+        make_record(1, message="good"),
+        make_record(1, message="bad", **empty),
+        make_record(2, message="bad", **empty),
+        make_record(2, message="worse", **empty),
+        make_record(0, message="third"),
+    ]
+    for line in lines:
+        append_record(path, line)
+    assert [(r.step, r.message) for r in read_records(path)] == [(1, "good"), (2, "worse"), (0, "third")]
+
+
+def test_reasons_of_failures_survive_and_old_records_have_none():
+    record = make_record(failures={"stability": "lr=0"})
+    assert SpectrumRecord.from_json(record.to_json()) == record
+    more = dataclasses.replace(record, failures={"stability": "lr=0", "loss": "it is nan", "critical": "lr=0"})
+    assert more.failures_in_words == "lr=0 (stability, critical); it is nan (loss)"
+    assert make_record().failures_in_words == ""
+    data = json.loads(make_record().to_json())
+    del data["failures"]
+    assert SpectrumRecord.from_json(json.dumps(data)).failures == {}

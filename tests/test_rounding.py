@@ -14,23 +14,12 @@ from ntk_lazy.engines.written import WrittenKernel
 EPS = torch.finfo(torch.float32).eps
 
 
-class Counted(nn.Module):
-    """A network as torch makes it (one gradient shared by all examples dominates) that counts its forward passes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = nn.Sequential(nn.Linear(2, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 1))
-        self.calls: list[int] = []
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.calls.append(len(x))
-        return self.inner(x)
-
-
-def network() -> tuple[Counted, Tensor]:
-    """Make it, with 700 points."""
+def network() -> tuple[nn.Module, Tensor]:
+    """Make a network as torch does (one gradient shared by all examples dominates), with 700 points."""
     torch.manual_seed(0)
-    return Counted(), torch.rand(700, 2) * 2 - 1
+    return nn.Sequential(nn.Linear(2, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 1)), torch.rand(
+        700, 2
+    ) * 2 - 1
 
 
 @pytest.mark.parametrize("engine", ["autodiff", "factors", "gram"])
@@ -82,16 +71,18 @@ def test_eigenpairs_down_to_a_millionth_are_certified(engine: str):
 @pytest.mark.parametrize("engine", ["factors", "gram", "auto"])
 def test_a_series_of_products_goes_through_the_model_once(engine: str):
     module, x = network()
+    calls: list[int] = []
+    module.register_forward_hook(lambda *_: calls.append(1))
     K = nl.ntk(module, x, engine=engine)
     V = torch.randn(700, 3)
     with K.linearised(300):
         first = K @ V
-        before = len(module.calls)
+        before = len(calls)
         again = K @ V
-        assert len(module.calls) == before
+        assert len(calls) == before
     assert torch.equal(first, again)
     K @ V
-    assert len(module.calls) > before
+    assert len(calls) > before
 
 
 @pytest.mark.parametrize("engine", ["autodiff", "factors", "gram", "auto"])

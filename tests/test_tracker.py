@@ -172,12 +172,14 @@ def test_a_measurement_that_fails_leaves_the_pairs_in_the_record(monkeypatch, ca
     def fail(*arguments: object, **options: object) -> None:
         raise DegenerateError("no angle")
 
-    monkeypatch.setattr("ntk_lazy.tracker.kernel_target_alignment", fail)
+    monkeypatch.setattr("ntk_lazy.measures.kernel_target_alignment", fail)
     model, (x, y) = make_model(), make_data()
     record = SpectrumTracker(x, k=3).record(model, 0, target=y)
     assert record.status == "converged"
     assert len(record.values) == 3
     assert "not measured: DegenerateError: no angle" in record.message
+    assert record.failures == {"kernel_target_alignment": "DegenerateError: no angle"}
+    assert {"loss", "trace", "spectral_position"} <= record.scalars.keys()
     assert "no angle" in caplog.text
 
 
@@ -191,6 +193,7 @@ def test_a_target_that_is_zero_on_the_rows_costs_what_it_leaves_undefined_and_no
     targets = (vanish(y), y)
     found, usual = (SpectrumTracker(x, k=3, outputs=outputs).record(model, 0, lr=0.1, target=t) for t in targets)
     assert "not measured" not in found.message
+    assert found.failures.keys() - usual.failures.keys() == {"energies.target", "kernel_target_alignment"}
     assert found.energies.keys() == usual.energies.keys() - {"target"}
     assert found.scalars.keys() == usual.scalars.keys() - {"kernel_target_alignment"}
     assert math.isnan(found.energy("target", 3))

@@ -116,7 +116,6 @@ def test_what_has_no_kernel_is_refused_with_its_name_and_a_cure(case: Case, n: i
         ("batch norm of images, train", "eval()"),
         ("batch norm, untracked", "track_running_stats"),
         ("dropout, train", "eval()"),
-        ("embedding bag", "a sum or mean"),
     ],
 )
 def test_one_example_is_enough_to_refuse_a_module_that_is_known(name: str, cure: str):

@@ -29,6 +29,7 @@ from modules import (
     TokenPositions,
     WritesInPlace,
     hooked_weight_norm,
+    once_differentiable_square,
     reverse_gradient,
     wrong_forward_square,
 )
@@ -115,6 +116,7 @@ _DENSE = [
     Case(name="hooks", build=lambda: _between(nn.Tanh()), draw=X, prepare=_add_hooks),
     Case(name="gradient reversal", build=lambda: Headed(reverse_gradient), draw=X),
     Case(name="wrong forward rule", build=lambda: Headed(wrong_forward_square), draw=X),
+    Case(name="differentiable once", build=lambda: Headed(once_differentiable_square), draw=X),
     Case(name="mixture of experts", build=MixtureOfExperts, draw=X),
     Case(name="branch on data", build=BranchesOnData, draw=X),
     Case(name="branch on parameter", build=BranchesOnParameter, draw=X),
@@ -227,6 +229,7 @@ _STRUCTURED = [
         build=lambda: nn.Sequential(nn.Embedding(7, 3, padding_idx=0), nn.Flatten(), nn.Linear(15, 2)),
         draw=tokens(5),
     ),
+    Case(name="embedding bag", build=lambda: nn.Sequential(nn.EmbeddingBag(7, 3), nn.Linear(3, 2)), draw=tokens(5)),
     Case(name="head tied to embedding", build=TiedHead, draw=tokens(3)),
     Case(name="attention, train", build=lambda: _attention(batch_first=True), draw=SERIES, output_fn=_first),
     Case(
@@ -320,12 +323,6 @@ _UNSUPPORTED = [
         build=lambda: _encoder(dropout=0.0),
         draw=SERIES,
         says=("(TransformerEncoderLayer)", "batch_first=True"),
-    ),
-    Case(
-        name="embedding bag",
-        build=lambda: nn.Sequential(nn.EmbeddingBag(7, 3), nn.Linear(3, 2)),
-        draw=tokens(5),
-        says=("'0' (EmbeddingBag)", "Embedding and a sum or mean"),
     ),
     Case(
         name="embedding, max_norm",

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ntk_lazy.cli.weights import read_weights
+from ntk_lazy.cli.weights import check_file, read_weights
 from ntk_lazy.errors import ArgumentError, NonFiniteError, ShapeError
 from ntk_lazy.study.config import check_device
 
@@ -27,6 +27,7 @@ _USER_ERRORS = (
     ArithmeticError,
     AssertionError,
     OSError,
+    SystemExit,
 )
 
 
@@ -58,10 +59,7 @@ def load_array(path: Path, *, name: str) -> Tensor:
         ArgumentError: It is missing, or no array of numbers.
         NonFiniteError: It holds a NaN or an infinity.
     """
-    if path.is_dir():
-        raise ArgumentError(f"{name}: {path} is a folder; an .npy file is needed.")
-    if not path.is_file():
-        raise ArgumentError(f"{name}: there is no file {path}.")
+    check_file(path, name=name, needed="an .npy file")
     try:
         array = _read_npy(path)
     except OSError as error:
@@ -110,6 +108,8 @@ def _read_npy(path: Path) -> NDArray[Any]:
 
 def _why(error: BaseException) -> str:
     """Say in words what somebody else's code has raised; by its class only where its words say nothing."""
+    if isinstance(error, SystemExit):
+        return f"it called sys.exit({'' if error.code is None else repr(error.code)})"
     words = " ".join(str(error).split())
     return words if words and not isinstance(error, KeyError) else f"{type(error).__name__} {words}".rstrip()
 

@@ -55,8 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; those of the process by default.
 
     Returns:
-        0; 1 if the work failed or was done in part; 2 if the input was wrong; 130 if it was interrupted; 141 if nobody
-        reads its output any more. Errors are one line on standard error.
+        0; 1 if the work failed, was done in part or could not be written; 2 if the input was wrong; 130 if it was
+        interrupted; 141 if nobody reads its output any more. Errors are one line on standard error.
     """
     try:
         try:
@@ -67,6 +67,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         abandon(sys.stdout)
         return _CLOSED_PIPE
+    except OSError as error:  # the files are written, the words are not
+        abandon(sys.stdout)
+        sys.stderr.write(f"ntk-lazy: error: cannot write to standard output: {error.strerror or error}\n")
+        return _FAILED
 
 
 def _run(argv: Sequence[str] | None) -> int:
@@ -74,6 +78,10 @@ def _run(argv: Sequence[str] | None) -> int:
     arguments = build_parser().parse_args(argv)
     try:
         return int(arguments.run(arguments))
+    except SystemExit as error:  # of the user's model: a silent 0 would pass for success
+        code = "" if error.code is None else repr(error.code)
+        sys.stderr.write(f"ntk-lazy: error: the model called sys.exit({code})\n")
+        return _FAILED
     except NTKLazyError as error:
         message = " ".join(str(error).split())
         sys.stderr.write(f"ntk-lazy: error: {message}\n")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ntk_lazy import errors
 from ntk_lazy.cli.inputs import fit_data, load_array, load_model
+from ntk_lazy.columns import holds_labels
 from ntk_lazy.doctor import doctor
 from ntk_lazy.eigen import LOBPCG, Dense, Lanczos, Solver
 from ntk_lazy.errors import ArgumentError, NTKLazyError, ShapeError
@@ -115,10 +116,9 @@ def _load(arguments: argparse.Namespace) -> tuple[nn.Module, Tensor]:
 
 def _spectrum(arguments: argparse.Namespace) -> int:
     out: Path = arguments.out
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ArgumentError(f"--out {out} exists and is not an empty folder; choose another.")
+    _check_out(out)
     _check_numbers(arguments)
-    target = None if arguments.target is None else load_array(arguments.target, name="--target")
+    target = None if arguments.target is None else _load_target(arguments.target)
     model, data = _load(arguments)
     if target is not None and target.shape[0] != data.shape[0]:
         raise ShapeError(f"--target has shape {tuple(target.shape)}, but --data holds {data.shape[0]} examples.")
@@ -127,14 +127,37 @@ def _spectrum(arguments: argparse.Namespace) -> int:
         arguments.k = min(_DEFAULT_PAIRS, num_rows)
     if arguments.k > num_rows:
         raise ArgumentError(f"-k is {arguments.k}, but the kernel has {num_rows} rows and no more pairs than that.")
-    record = _record_into(out, arguments, model, data, target)
+    record, cause = _record_into(out, arguments, model, data, target)
     if record.status != "converged":
+        kept = f"'converged' in {out / 'spectrum.jsonl'} says which" if cause is None else "it could not be written"
         sys.stderr.write(
-            f"ntk-lazy: partial result: {sum(record.converged)} of {arguments.k} pairs converged; "
-            f"'converged' in {out / 'spectrum.jsonl'} says which\n"
+            f"ntk-lazy: partial result: {sum(record.converged)} of {arguments.k} pairs converged; {kept}\n"
         )
-    _print_record(record, out)
+    _print_record(record)
+    if cause is not None:
+        raise NTKLazyError(f"nothing could be written to {out} ({cause}); what is printed is all there is.")
+    sys.stdout.write(f"written to {out}\n")
     return 0 if record.status == "converged" else 1
+
+
+def _check_out(out: Path) -> None:
+    """Refuse a folder that nothing can be written to, before anything is solved."""
+    try:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise ArgumentError(f"--out {out} exists and is not an empty folder; choose another.")
+    except OSError as error:
+        raise ArgumentError(f"cannot write to {out}: {error.strerror}.") from error
+
+
+def _load_target(path: Path) -> Tensor:
+    """Read a target; the labels of classes have a cure of their own here."""
+    target = load_array(path, name="--target")
+    if holds_labels(target):
+        raise ArgumentError(
+            f"--target: {path} holds integers, which may be the labels of classes. For labels of C classes write "
+            "numpy.eye(C)[labels], for numbers target.astype(float)."
+        )
+    return target
 
 
 def _check_numbers(arguments: argparse.Namespace) -> None:
@@ -160,10 +183,19 @@ def _kernel(arguments: argparse.Namespace, model: nn.Module, data: Tensor) -> NT
 
 def _record_into(
     out: Path, arguments: argparse.Namespace, model: nn.Module, data: Tensor, target: Tensor | None
-) -> SpectrumRecord:
-    """Solve into a folder beside the one asked for, and rename it: that one is whole or not there."""
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+) -> tuple[SpectrumRecord, str | None]:
+    """Solve into a folder beside the one asked for, and rename it: that one is whole or not there.
+
+    Returns:
+        The record, and why nothing is written, if so.
+    """
+    partial = out.with_name(f".ntk-lazy.{os.getpid()}.partial")
+    tracker: SpectrumTracker | None = None
     try:
+        try:
+            partial.mkdir(parents=True)
+        except OSError as error:
+            raise ArgumentError(f"cannot write to {out}: {error.strerror}.") from error
         tracker = SpectrumTracker(
             data,
             arguments.k,
@@ -181,13 +213,19 @@ def _record_into(
         record = tracker.record(model, 0, lr=arguments.lr, target=target)
         if not record.is_usable:
             raise _failure(record.message)
-        if out.exists():
-            out.rmdir()
-        partial.rename(out)
-        return record
-    except OSError as error:
-        raise ArgumentError(f"cannot write to {out}: {error.strerror}.") from error
+        if tracker.unsaved or "vectors" in record.failures:
+            return record, record.failures.get("vectors", "no room for the record")
+        tracker.close()  # and with it the file of its lock
+        try:
+            if out.exists():
+                out.rmdir()
+            partial.rename(out)
+        except OSError as error:
+            return record, str(error.strerror)
+        return record, None
     finally:
+        if tracker is not None:
+            tracker.close()
         shutil.rmtree(partial, ignore_errors=True)
 
 
@@ -199,7 +237,7 @@ def _failure(message: str) -> NTKLazyError:
     return ArgumentError(words) if is_input else NTKLazyError(f"the solve failed: {words or message}")
 
 
-def _print_record(record: SpectrumRecord, out: Path) -> None:
+def _print_record(record: SpectrumRecord) -> None:
     values = record.values
     write = sys.stdout.write
     write(f"{len(values)} eigenpairs of {record.num_rows:,} rows: {record.status} ({record.message})\n")
@@ -217,7 +255,8 @@ def _print_record(record: SpectrumRecord, out: Path) -> None:
         write(f"{name.replace('_', ' '):<26} {value:.6g}" + (f" ± {error:.1g}\n" if error else "\n"))
     for name, curve in record.energies.items():
         write(f"energy of the {name:<12} {curve[-1]:.4f} in the top {len(curve)}\n")
-    write(f"written to {out}\n")
+    if record.failures:
+        write(f"not measured: {record.failures_in_words}\n")
 
 
 def _explain(arguments: argparse.Namespace) -> int:

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ntk_lazy.errors import ArgumentError
+from ntk_lazy.errors import ArgumentError, NTKLazyError
 from ntk_lazy.study.config import PRESETS, StudyConfig, preset, read_toml
 
 _STUDY_EXAMPLE = """\
@@ -30,6 +30,8 @@ _REPORT_EXAMPLE = """\
 example:
   ntk-lazy report runs/demo-0
       writes report.html, claims.json and figures/ of that study again, finished or not
+  ntk-lazy report runs/claims-0 --compare runs/quarter runs/wide runs/two runs/three runs/four
+      the same, and decides claims that compare several studies
 """
 
 
@@ -66,6 +68,14 @@ def add_to(commands: Any) -> None:
         formatter_class=raw,
     )
     report.add_argument("folder", type=Path, help="folder of a study")
+    report.add_argument(
+        "--compare",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FOLDER",
+        help="other studies, for the claims that need several: other depths, a quarter of lr, a wide network",
+    )
     report.set_defaults(run=_report)
 
 
@@ -75,19 +85,20 @@ def _study(arguments: argparse.Namespace) -> int:
     _require_extra()
     from ntk_lazy.study.display import display_for
     from ntk_lazy.study.folder import StudyFolder
-    from ntk_lazy.study.report import write_report
     from ntk_lazy.study.run import run_study
 
     started = time.perf_counter()
     try:
         with display_for(total=config.steps) as display:
             evidence = run_study(config, folder, display=display)
+            _print_verdicts(evidence)
             display.say("writing the report")
-            path = write_report(evidence, StudyFolder(folder))
+            path = _write(evidence, StudyFolder(folder))
     except KeyboardInterrupt:
         sys.stderr.write(f"ntk-lazy: interrupted; the same command goes on from the last checkpoint in {folder}\n")
         return 130
-    _print_verdicts(evidence)
+    if evidence.unsaved:
+        raise NTKLazyError(f"{folder} is not complete, for want of room: {', '.join(evidence.unsaved)}")
     sys.stdout.write(f"report: {path}   ({time.perf_counter() - started:.0f} s)\n")
     return 0
 
@@ -96,14 +107,25 @@ def _report(arguments: argparse.Namespace) -> int:
     _require_extra()
     from ntk_lazy.study.evidence import Evidence
     from ntk_lazy.study.folder import StudyFolder
-    from ntk_lazy.study.report import write_report
 
     folder = StudyFolder(arguments.folder)
-    evidence = Evidence.load(folder)
-    path = write_report(evidence, folder)
+    others = tuple(Evidence.load(StudyFolder(other)) for other in arguments.compare)
+    evidence = dataclasses.replace(Evidence.load(folder), others=others)
     _print_verdicts(evidence)
+    path = _write(evidence, folder)
     sys.stdout.write(f"report: {path}\n")
     return 0
+
+
+def _write(evidence: Any, folder: Any) -> Path:
+    """Write the report, or say why it cannot be."""
+    from ntk_lazy.study.report import write_report
+
+    try:
+        return write_report(evidence, folder)
+    except OSError as error:
+        lost = "".join(f"; {what}" for what in evidence.unsaved)
+        raise NTKLazyError(f"the report cannot be written to {folder.path}: {error.strerror}{lost}") from error
 
 
 def _settings(arguments: argparse.Namespace) -> tuple[str, StudyConfig]:

@@ -34,6 +34,18 @@ _FOREIGN = (
 )
 
 
+def check_file(path: Path, *, name: str, needed: str) -> None:
+    """Raise ArgumentError unless there is a file of this name, or could be one."""
+    try:
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except OSError as error:
+        raise ArgumentError(f"{name}: cannot read {path}: {error.strerror}.") from error
+    if is_folder:
+        raise ArgumentError(f"{name}: {path} is a folder; {needed} is needed.")
+    if not is_file:
+        raise ArgumentError(f"{name}: there is no file {path}.")
+
+
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Read a state dict.
 
@@ -43,10 +55,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     Raises:
         ArgumentError: There is no such file, or it holds something else; the message says what and names the cure.
     """
-    if path.is_dir():
-        raise ArgumentError(f"--weights: {path} is a folder; a file with a state dict is needed.")
-    if not path.is_file():
-        raise ArgumentError(f"--weights: there is no file {path}.")
+    check_file(path, name="--weights", needed="a file with a state dict")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)

@@ -16,6 +16,7 @@ from ntk_lazy.engines.chunks import ChunkRule, Chunks, slices
 from ntk_lazy.engines.contract import X1, X2, ColumnsFirst, Engine, ExampleRows, GramMatrix, OtherBlock, Preflight
 from ntk_lazy.engines.cost import passes_of_product, tiles_of_rows
 from ntk_lazy.engines.flat import FlatLayout
+from ntk_lazy.engines.footprint import Footprint
 from ntk_lazy.engines.kept import KeptLinearisations
 from ntk_lazy.engines.linearisation import DoubleReverse, Linearisation, example_gradients, linearisation
 from ntk_lazy.gemm import times_transposed_in_float64
@@ -61,6 +62,12 @@ class AutodiffEngine(Engine):
             chunk_size=self.chunk_size,
         )
 
+    def _gradient_rule(self) -> ChunkRule:
+        """How chunks are chosen for gradients, which go through reverse mode twice whatever the model can do."""
+        rule = self.rule
+        footprint = Footprint.of_gradients(activation_bytes=rule.activation_bytes, parameter_bytes=rule.parameter_bytes)
+        return replace(rule, footprint=footprint)
+
     @override
     @contextmanager
     def linearised(self, num_columns: int = 1) -> Iterator[None]:
@@ -79,6 +86,15 @@ class AutodiffEngine(Engine):
     def pull(self, x: Tensor, V: Block) -> ColumnsFirst:
         with torch.no_grad(), ieee_precision(), differentiable_attention():
             return self._pull(x, V, self.rule.fit(x.shape[0], V.shape[1]))
+
+    @override
+    def pull_with_graph(self, x: Tensor, V: Block) -> ColumnsFirst:
+        self.preflight.require_second_derivatives()
+        with torch.enable_grad(), ieee_precision(), differentiable_attention():
+            # Plain autograd, see _sweep.
+            pulled = DoubleReverse(self.model, x).pull(self.layout.lift(V))
+            flat = torch.cat([g.flatten(1) for g in pulled.values()], 1).to(self.model.dtype)
+        return flat.reshape(V.shape[1], self.num_features)
 
     @override
     def push(self, x: Tensor, W: ColumnsFirst) -> Block:
@@ -114,6 +130,8 @@ class AutodiffEngine(Engine):
     @override
     def rows(self, x: Tensor) -> ExampleRows:
         cotangents = self.layout.cotangents(dtype=self.model.dtype, device=x.device)
+        if torch.is_grad_enabled():
+            self.preflight.require_second_derivatives()
         with ieee_precision(), differentiable_attention():
             if self.preflight.derivatives.vectorises and not torch.is_grad_enabled():
                 pulled = example_gradients(self.model, x, cotangents)
@@ -140,7 +158,9 @@ class AutodiffEngine(Engine):
     def bilinear_gradient(
         self, x1: Tensor, x2: Tensor, U: Block, V: OtherBlock, *, wrt: set[str]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        chunks = self.rule.fit(max(x1.shape[0], x2.shape[0]), U.shape[1])
+        if wrt:
+            self.preflight.require_second_derivatives()
+        chunks = self._gradient_rule().fit(max(x1.shape[0], x2.shape[0]), U.shape[1])
         value = U.new_zeros(())
         gradient: dict[str, Tensor] = {}
         with ieee_precision(), differentiable_attention():
@@ -162,6 +182,8 @@ class AutodiffEngine(Engine):
 
     @override
     def rows_gradient(self, x1: Tensor, x2: Tensor, G: GramMatrix, *, wrt: set[str]) -> dict[str, Tensor]:
+        if wrt:
+            self.preflight.require_second_derivatives()
         units = self.layout.cotangents(dtype=self.model.dtype, device=x1.device).unsqueeze(1)
         gradient: dict[str, Tensor] = {}
         for chunk in self.row_chunks(x1.shape[0]):

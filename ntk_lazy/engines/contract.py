@@ -10,12 +10,14 @@ from functools import cached_property
 from typing import TypeAlias
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from ntk_lazy.engines.chunks import Chunks, slices
 from ntk_lazy.engines.coverage import Coverage
 from ntk_lazy.engines.derivatives import Derivatives
+from ntk_lazy.engines.flat import FlatLayout, squared_norms
+from ntk_lazy.errors import UnsupportedModuleError
 from ntk_lazy.gemm import times_transposed
 from ntk_lazy.model import FunctionalModel
 from ntk_lazy.outputs import OutputLayout
@@ -33,7 +35,9 @@ ExampleRows: TypeAlias = Float[Tensor, "examples rows features"]
 RowIndex: TypeAlias = Int64[Tensor, " entries"]  # rows of all outputs of all examples
 Entries: TypeAlias = Float[Tensor, " entries"]
 
+_BLOCK_SHARE = 0.25  # of the budget: parameter vectors whose norms are wanted
 _STRIP_SHARE = 0.0625  # of the budget: entries of K that are written down beside those that are wanted
+_SECONDS_TO_FIND_OUT = 1.0  # how a model differentiates: loads parts of torch, and takes a dozen passes
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,7 @@ class Preflight:
 
     Attributes:
         find_derivatives: Finds out what automatic differentiation can do.
+        find_second_fault: Finds out why the model cannot be differentiated twice; "" where it can.
         num_outputs: C, outputs of one example with all trailing dimensions flattened.
         writes_buffers: Whether the forward pass changes a buffer, so that each call needs its own copies.
         forward_flops: Operations of a forward pass over one example, as far as they can be counted.
@@ -62,9 +67,12 @@ class Preflight:
         activation_bytes: Saved for the backward pass of one example, parameters excluded.
         coverage: For which parameters J can be had as factors.
         draws_numbers: Whether it draws random numbers, which must not move the user's generator.
+        is_widened: Whether casts to half precision inside of it are left out.
+        remarks: What is worth knowing of the precision that it computes in.
     """
 
     find_derivatives: Callable[[], Derivatives]
+    find_second_fault: Callable[[], str]
     num_outputs: int
     writes_buffers: bool
     forward_flops: float
@@ -72,11 +80,46 @@ class Preflight:
     coverage: Coverage
     draws_numbers: bool = False
     times: PassTimes | None = None
+    is_widened: bool = False
+    remarks: tuple[str, ...] = ()
 
     @cached_property
     def derivatives(self) -> Derivatives:
         """What automatic differentiation can do; found out once, at the parameters of that time."""
         return self.find_derivatives()
+
+    @cached_property
+    def _second_fault(self) -> str:
+        return self.find_second_fault()
+
+    def require_second_derivatives(self) -> None:
+        """Refuse the gradient of a kernel of a model whose own gradients have none; found out once.
+
+        Raises:
+            UnsupportedModuleError: The gradient would lack a part.
+        """
+        if self._second_fault:
+            raise UnsupportedModuleError(
+                "the gradient of this kernel needs second derivatives of the model, which it does not have "
+                f"({self._second_fault}). Give custom operations a backward pass that is differentiable itself; or "
+                "ask for no gradient of K: torch.no_grad(), or requires_grad_(False) on parameters and inputs."
+            )
+
+    @property
+    def knows_derivatives(self) -> bool:
+        """Whether that was found out already: by the check itself, where some parameters have no factors."""
+        return bool(self.coverage.uncovered) or "derivatives" in vars(self)
+
+    def pays_to_differentiate(self, seconds: float) -> bool:
+        """Whether so many seconds, which automatic differentiation would save at its best, are worth a look at it.
+
+        What was not worth it before counts too, so that many short products come to what a long one does.
+        """
+        if seconds <= 0 or self.knows_derivatives:
+            return seconds > 0
+        missed = vars(self).get("_missed", 0.0) + seconds
+        vars(self)["_missed"] = missed  # kept as a cached property is: no part of the value
+        return missed > _SECONDS_TO_FIND_OUT
 
 
 class Engine(ABC):
@@ -84,7 +127,7 @@ class Engine(ABC):
 
     Features are the columns of J: ``passes * P`` of them. Blocks of features have the columns first, so that
     each is one contiguous flat parameter vector (``passes`` of them in trace mode). Nothing here builds a graph
-    except ``rows``, ``entries`` and the two gradients.
+    except ``pull_with_graph``, ``rows`` and ``entries``.
 
     Attributes:
         model: The model.
@@ -119,6 +162,13 @@ class Engine(ABC):
         """Return ``(Jᵀ V)ᵀ``, shape ``(k, features)``."""
 
     @abstractmethod
+    def pull_with_graph(self, x: Tensor, V: Block) -> ColumnsFirst:
+        """Return ``(Jᵀ V)ᵀ`` as a differentiable function of parameters, examples and V.
+
+        Cost: the graph of all examples and columns at once, whatever the budget.
+        """
+
+    @abstractmethod
     def push(self, x: Tensor, W: ColumnsFirst) -> Block:
         """Return ``J Wᵀ``, shape ``(rows, k)``."""
 
@@ -133,6 +183,22 @@ class Engine(ABC):
     @abstractmethod
     def half_gram(self, x: Tensor, V: Block) -> SmallMatrix:
         """Return ``(Jᵀ V)ᵀ (Jᵀ V)`` in float64 on the CPU."""
+
+    def energies(self, x: Tensor, V: Block) -> dict[str, Float64[Tensor, " k"]]:
+        """Return ``‖J_pᵀ v‖²`` for each parameter p and column v, on the CPU.
+
+        Cost: half a product; a quarter of the budget holds parameter vectors, one at least.
+        """
+        k, flat = V.shape[1], FlatLayout.of(self.model.params)
+        found = {name: torch.zeros(k, dtype=torch.float64) for name in flat.shapes}
+        # Twice: while it is made, a block is added up from those of chunks.
+        one = 2 * self.num_features * self.model.dtype.itemsize
+        for columns in slices(k, max(1, int(_BLOCK_SHARE * self.budget) // max(1, one))):
+            W = self.pull(x, V[:, columns]).unflatten(1, (self.layout.passes, -1))
+            for name, place in flat.slices().items():
+                found[name][columns] = squared_norms(W[..., place])
+            del W
+        return found
 
     @abstractmethod
     def rows(self, x: Tensor) -> ExampleRows:

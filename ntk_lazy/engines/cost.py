@@ -67,8 +67,12 @@ class CostModel:
         is_plain = positions == 1 or self.preflight.times is not None
         share = _SHARE_OF_RATE["autodiff" if is_plain else "autodiff over positions"]
         flops = self._forward * (1 + 2.0 * columns * self.layout.passes) * sum(self.num_examples)
-        flops *= 2 if (mode or self.preflight.derivatives.mode) == "double-reverse" else 1
-        return calls * flops / (share * self.rates.flops)
+        mode = mode or self.preflight.derivatives.mode
+        seconds = calls * flops * (2 if mode == "double-reverse" else 1) / (share * self.rates.flops)
+        if mode == "reverse by rows":
+            # In the second half of a product each row of J is a backward pass of its own.
+            seconds += calls * self.num_examples[0] * (1 + 2.0 * self.layout.num_outputs) * self._seconds_alone
+        return seconds
 
     def capture(self) -> float:
         """A forward pass and ``q + 1`` backward passes over the activations."""
@@ -124,7 +128,8 @@ class CostModel:
                 flops += half * 2.0 * n1 * n2 * (i + q * q * o)
                 moved += half * 3.0 * n1 * n2 * q * q * self.itemsize
             else:
-                flops += 2.0 * (n1 + n2) * S * q * o * i + half * 2.0 * n1 * n2 * q * q * o * i
+                flops += 2.0 * (n1 + n2) * S * q * min(o * i, c.num_matched)
+                flops += half * 2.0 * n1 * n2 * q * q * c.num_matched
         uncovered = self.num_params - sum(c.num_params for c in self._covered)
         flops += half * 2.0 * n1 * n2 * q * q * uncovered
         seconds = flops / (_SHARE_OF_RATE["gram"] * self.rates.flops) + moved / self.rates.bytes

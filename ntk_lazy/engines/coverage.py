@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ntk_lazy.engines.graph import Edge, Placement, edges, largest, output_gradients
 from ntk_lazy.engines.linearisation import example_gradients
+from ntk_lazy.engines.matches import Matches
 from ntk_lazy.engines.rounding import noise
 from ntk_lazy.engines.rules import use_of
 from ntk_lazy.engines.uses import Outer, Rows, Use, Within
@@ -41,6 +42,8 @@ class LayerCost:
         gradient_bytes: What is kept of the gradient at its output, for one row of J.
         num_positions: S; 1 where rows are kept.
         num_outputs: Width of the layer behind it; that of the parameter where rows are kept.
+        num_matched: Entries of the rows of J of two examples that meet, at the most: of a table that is looked up
+            those of all pairs of positions.
     """
 
     num_params: int
@@ -48,6 +51,7 @@ class LayerCost:
     gradient_bytes: int
     num_positions: int
     num_outputs: int
+    num_matched: int
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ class Coverage:
         extra = {}
         for name in self.uncovered:
             size, num_bytes = params[name].numel(), params[name].nbytes
-            extra[name] = LayerCost(size, 0, num_bytes, num_positions=1, num_outputs=size)
+            extra[name] = LayerCost(size, 0, num_bytes, num_positions=1, num_outputs=size, num_matched=size)
         return replace(self, costs=self.costs | extra, by_rows=frozenset(extra))
 
     def factors(self, model: FunctionalModel, x: Tensor, cotangents: Float[Tensor, "q C"]) -> dict[str, list[Use]]:
@@ -218,10 +222,12 @@ def _cost(uses: list[Use], num_examples: int, counted: set[int]) -> LayerCost:
         gradients += 0 if gradient.data_ptr() in counted else gradient.nbytes
         counted |= {t.data_ptr() for t in use.held if t is not None}
     layers = [layer for layer in (u.inner if isinstance(u, Within) else u for u in uses) if isinstance(layer, Outer)]
+    table = Matches.of([uses])
     return LayerCost(
         num_params=rows.shape[2],
         source_bytes=-(-sources // num_examples),
         gradient_bytes=-(-gradients // (num_examples * q)),
         num_positions=max((layer.G.shape[2] for layer in layers), default=1),
         num_outputs=max((layer.G.shape[3] for layer in layers), default=rows.shape[2]),
+        num_matched=rows.shape[2] if table is None else min(rows.shape[2], table.pair_flops),
     )

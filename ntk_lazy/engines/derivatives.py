@@ -28,11 +28,11 @@ from ntk_lazy.engines.linearisation import (
     example_gradients,
     linearisation,
 )
-from ntk_lazy.engines.rounding import Rounding, largest, noise
+from ntk_lazy.engines.rounding import largest, noise
 from ntk_lazy.engines.suspects import TRANSFORM_ERRORS, named
-from ntk_lazy.errors import UnsupportedModuleError
 from ntk_lazy.model import FunctionalModel, generators_kept
 from ntk_lazy.precision import differentiable_attention, ieee_precision
+from ntk_lazy.threads import exclusive
 
 
 @final
@@ -41,10 +41,10 @@ class Derivatives:
     """What automatic differentiation can do with a model.
 
     Attributes:
-        mode: How J is multiplied: forward over reverse mode, or reverse mode twice.
+        mode: How J is multiplied: forward over reverse mode, reverse mode twice, or once for each row of J.
         vectorises: Whether the gradients of single examples can be had by one vectorised call, at its full speed.
         footprint: Bytes of ``Jᵀ`` and then J, as a function of examples and columns.
-        note: Why there is no forward mode, naming the module; empty where there is.
+        note: Why there is no forward mode, or no second derivative, naming the module; empty where there is.
     """
 
     mode: LinearisationMode
@@ -64,8 +64,6 @@ class Derivatives:
         Cost: About a dozen passes over ``x``; memory for up to ``8 + 2 b`` parameter vectors. The first call in a
             process loads parts of torch, which takes a second or two.
 
-        Raises:
-            UnsupportedModuleError: No way of multiplying with J agrees with plain reverse mode.
         """
         with quiet(x) as caught:
             forward = ForwardPass.run(model, x)
@@ -76,10 +74,11 @@ class Derivatives:
 
 @contextmanager
 def quiet(x: Tensor) -> Iterator[list[warnings.WarningMessage]]:
-    """Build no graph by default, compute in IEEE arithmetic, keep the generators, and collect warnings."""
+    """Build no graph by default, compute in IEEE arithmetic, keep the generators, collect warnings, and be alone."""
     with (
-        torch.no_grad(),
+        exclusive(),
         ieee_precision(),
+        torch.no_grad(),
         differentiable_attention(),
         generators_kept(x.device),
         warnings.catch_warnings(record=True) as caught,
@@ -98,24 +97,40 @@ def _choose_mode(model: FunctionalModel, forward: ForwardPass) -> tuple[Linearis
         # Reverse mode skips the row of padding_idx, forward mode does not; whether it shows depends on the tokens.
         at_fault = named(suspects.embedding_modules(calls, "padding_idx"), otherwise="an embedding")
         reason = "forward and reverse mode disagree on padding_idx"
+    elif forward.arithmetic.ties:
+        # The examples here may have no ties, and others have.
+        rule, at_fault = next(iter(forward.arithmetic.ties.items()))
+        reason = f"forward and reverse mode disagree at ties on {rule}"
     else:
-        reason = _disagreement(ForwardOverReverse(model, x), U, W, reference, forward.rounding)
+        reason = _disagreement(ForwardOverReverse(model, x), U, W, reference, forward)
         if not reason:
             return "forward-over-reverse", ""
         found = suspects.first_without_forward_mode(calls)
         at_fault, reason = ("the forward pass", reason) if found is None else (str(found[0]), found[1])
-    second = _disagreement(DoubleReverse(model, x), U, W, reference, forward.rounding)
+    second = _disagreement(DoubleReverse(model, x), U, W, reference, forward)
     if not second:
         return "double-reverse", f"{at_fault}: no forward mode ({reason}); reverse mode is applied twice instead."
-    is_bag = any(isinstance(call.module, torch.nn.EmbeddingBag) for call in calls)
-    cure = "EmbeddingBag by Embedding and a sum or mean over tokens" if is_bag else "it by a module that can be"
-    raise UnsupportedModuleError(
-        f"{at_fault} can be differentiated neither in forward mode ({reason}) nor twice in reverse mode ({second}). "
-        f"Replace {cure}."
+    return "reverse by rows", (
+        f"{at_fault}: no forward mode ({reason}), and reverse mode once only ({second}); rows of J are made one by one."
     )
 
 
-def _disagreement(way: Linearisation, U: Tensor, W: Tangents, reference: Tangents, rounding: Rounding) -> str:
+def fault_of_second_derivatives(model: FunctionalModel, x: Tensor) -> str:
+    """Say why a model cannot be differentiated twice in reverse mode, as gradients of K ask for; "" where it can.
+
+    A backward pass that is marked as differentiable once, or that works on detached tensors, leaves its part out of the
+    gradient of a gradient, and autograd may say nothing.
+
+    Cost: Five passes over ``x``.
+    """
+    with quiet(x):
+        forward = ForwardPass.run(model, x)
+        U = noise((1, *forward.output.shape), like=forward.output, seed=2)
+        W = {name: noise((1, *p.shape), like=p, seed=3 + i) for i, (name, p) in enumerate(model.params.items())}
+        return _disagreement(DoubleReverse(model, x), U, W, DoubleReverse(model, x).pull(U), forward)
+
+
+def _disagreement(way: Linearisation, U: Tensor, W: Tangents, reference: Tangents, forward: ForwardPass) -> str:
     """Say how a way of multiplying fails: by an exception, in Jᵀ, or in ⟨J w, u⟩ = ⟨w, Jᵀ u⟩; "" where it works."""
     try:
         pulled, pushed = way.pull(U), way.push(W)
@@ -124,12 +139,16 @@ def _disagreement(way: Linearisation, U: Tensor, W: Tangents, reference: Tangent
     except TRANSFORM_ERRORS as error:
         return suspects.first_line(error)
     scale = largest(*reference.values())
-    if any(rounding.separates(pulled[name], g, scale=scale) for name, g in reference.items()):
+    if any(forward.has_other_gradients(pulled[name], g, scale=scale) for name, g in reference.items()):
         return "its gradient differs from that of plain autograd"
     left = torch.einsum("abc,dbc->ad", U.double(), pushed.double())
     right = torch.stack([_flat(g) @ _flat(W[name]).mT for name, g in pulled.items()]).sum(0)
     norms = U.double().flatten(1).norm(dim=1)[:, None] * pushed.double().flatten(1).norm(dim=1)
-    is_adjoint = ((left - right).abs() <= rounding.bound * norms).all()
+    is_adjoint = ((left - right).abs() <= forward.rounding.bound * norms).all()
+    if not is_adjoint:
+        # Errors of entries of Jᵀ u, summed up with the random signs of w.
+        total = sum(_flat(w).square().sum(1) for w in W.values()) ** 0.5
+        is_adjoint = ((left - right).abs() <= forward.measured.gradients * total).all()
     return "" if is_adjoint else "forward and reverse mode disagree"
 
 
@@ -147,7 +166,7 @@ def _vectorises(model: FunctionalModel, forward: ForwardPass, caught: list[warni
     by_example = [DoubleReverse(model, x[i : i + 1]).pull(cotangents.unsqueeze(1)) for i in range(x.shape[0])]
     scale = max(largest(*g.values()) for g in by_example)
     return not any(
-        forward.rounding.separates(stacked[name][i], g, scale=scale)
+        forward.has_other_gradients(stacked[name][i], g, scale=scale)
         for i, row in enumerate(by_example)
         for name, g in row.items()
     )

@@ -152,7 +152,7 @@ class FactorStore:
     def kept_bytes(self, num_examples: int) -> int:
         """Bytes that are held while a product runs."""
         if not self.fits(num_examples):
-            return self.chunk_size(num_examples) * self.bytes_per_example
+            return 0  # those of a chunk, while it is captured
         return self._set_bytes(num_examples, self.row_parameters(num_examples))
 
     def half_size(self) -> int:
@@ -162,16 +162,16 @@ class FactorStore:
         return max(1, int(self.budget * _KEPT_SHARE / 2) // max(1, self.bytes_per_example))
 
     def transient(self, size: int) -> int:
-        """Bytes of a forward pass, its graph and a backward pass over a chunk."""
+        """Bytes of a forward pass, its graph, a backward pass over a chunk, and the factors that come out of it."""
         q, costs = self.layout.rows_per_example * self.layout.passes, self.coverage.costs
         rows = q * sum(costs[name].gradient_bytes for name in self.coverage.by_rows)
         # Vectorised over q rows as well, and gradients once more while they are put in place.
         vectorised = (1 + q) * self.preflight.activation_bytes + rows if rows else 0
-        return int(self._slack * (2 * self.preflight.activation_bytes + vectorised) * size)
+        return int(self._slack * (2 * self.preflight.activation_bytes + vectorised + self.bytes_per_example) * size)
 
     def chunk_size(self, num_examples: int) -> int:
         """Examples that go through the model at once."""
-        one = max(1, self.transient(1) + self.bytes_per_example)
+        one = max(1, self.transient(1))
         require(one, self.budget, "one example")
         room = min(self.budget * _PASS_SHARE, _PASS_SETS * working_set(self.model.device.type))
         fits = max(1, int(room // one))

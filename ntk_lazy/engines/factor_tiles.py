@@ -14,6 +14,7 @@ from ntk_lazy.engines.contract import Entries, GramMatrix, RowIndex
 from ntk_lazy.engines.coverage import Coverage
 from ntk_lazy.engines.factor_chunk import Chunk
 from ntk_lazy.engines.factor_store import FactorStore
+from ntk_lazy.engines.matches import Matches, add_matches, matched_entries
 from ntk_lazy.engines.tiles import (
     Side,
     add_entries,
@@ -107,6 +108,12 @@ class FactorTiles:
         # Positions are unfolded once for each part of a layer: few large parts cost less.
         limit = int(min(self.budget * _ROWS_SHARE, _ROWS_SETS * working_set(out.device.type)))
         for name in [name for name in self.coverage.costs if name not in plain]:
+            tables = self._tables(number, name, left, right)
+            if tables is not None:
+                for i, j in tiles:
+                    tile = out[_rows(i, r), _rows(j, r)]
+                    add_matches(tables[0].part(i), tables[1].part(j), tile, num_entries=limit // out.itemsize)
+                continue
             sides = self._row_sides(number, name, left, right)
             for rows1, rows2 in row_slices(*sides, limit // out.dtype.itemsize):
                 for i, j in self._tiles(out.shape, _ROWS_TILE, is_symmetric=is_symmetric):
@@ -137,8 +144,20 @@ class FactorTiles:
                 add_entries(layer, second[names], rows1, rows2, out)
             del first, second
             for name in [name for name in self.coverage.costs if name not in plain]:
+                tables = self._tables(number, name, left, right)
+                if tables is not None:
+                    out += matched_entries(*tables, rows1, rows2, num_entries=limit // out.itemsize)
+                    continue
                 for flat1, flat2 in row_slices(*self._row_sides(number, name, left, right), limit // out.itemsize):
                     out += paired_products(flat1, flat2, (rows1,), (rows2,))
+
+    def _tables(self, number: int, name: str, left: list[Chunk], right: list[Chunk]) -> tuple[Matches, Matches] | None:
+        """What both sides look up, of a table that is larger than what two examples have in common."""
+        first = Matches.of([chunk.uses[number][name] for chunk in left])
+        if first is None or first.pair_flops > self.coverage.costs[name].num_matched:
+            return None
+        second = first if left is right else Matches.of([chunk.uses[number][name] for chunk in right])
+        return None if second is None else (first, second)
 
     def _row_sides(self, number: int, name: str, left: list[Chunk], right: list[Chunk]) -> tuple[Side, Side]:
         """Rows and uses of one parameter in each chunk, the same list twice for the same examples."""

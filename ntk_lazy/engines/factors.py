@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import final
 
 import torch
+from jaxtyping import Float64
 from torch import Tensor
 from typing_extensions import override
 
@@ -28,7 +29,7 @@ from ntk_lazy.engines.coverage import Coverage
 from ntk_lazy.engines.factor_chunk import Chunk
 from ntk_lazy.engines.factor_store import Chunked, FactorStore
 from ntk_lazy.engines.factor_tiles import FactorTiles
-from ntk_lazy.engines.flat import FlatLayout
+from ntk_lazy.engines.flat import FlatLayout, squared_norms
 from ntk_lazy.engines.rates import machine_rates
 from ntk_lazy.engines.scratch import Scratch
 from ntk_lazy.engines.uses import Coefficients
@@ -108,9 +109,14 @@ class FactorEngine(Engine):
                 for name, place in self.rest.flat.slices().items():
                     W[:, places[name]] = rest[:, place]
             for group in self.store.groups(x, x, is_compact=False):
-                for name, part in self._pull(group.left, V, group.widths).items():
-                    W.view(k, passes, -1)[..., places[name]] = part.transpose(0, 1)
+                for columns in slices(k, self._columns(group.widths, k)):
+                    for name, part in self._pull(group.left, V[:, columns], group.widths).items():
+                        W.view(k, passes, -1)[columns, :, places[name]] = part.transpose(0, 1)
         return W.reshape(k, self.num_features)
+
+    @override
+    def pull_with_graph(self, x: Tensor, V: Block) -> ColumnsFirst:
+        return self.autodiff.pull_with_graph(x, V)
 
     @override
     def push(self, x: Tensor, W: ColumnsFirst) -> Block:
@@ -149,7 +155,9 @@ class FactorEngine(Engine):
             if self.rest is not None:
                 total += self.rest.half_gram(x, V)
             for group in self.store.groups(x, x, is_compact=True):
-                pieces = list(slices(k, self._columns(group.widths, k)))
+                size = self._columns(group.widths, k)
+                # Two blocks at once where there are several: each has half of the room.
+                pieces = list(slices(k, size if size == k else max(1, size // 2)))
                 for i, left in enumerate(pieces):
                     W = self._pull(group.left, V[:, left], group.widths)
                     for right in pieces[i:]:
@@ -161,6 +169,19 @@ class FactorEngine(Engine):
                                 if right is not left:
                                     total[right, left] += part.mT
         return total
+
+    @override
+    def energies(self, x: Tensor, V: Block) -> dict[str, Float64[Tensor, " k"]]:
+        k = V.shape[1]
+        found = {name: torch.zeros(k, dtype=torch.float64) for name in self.flat.shapes}
+        with torch.no_grad(), ieee_precision(), differentiable_attention():
+            if self.rest is not None:
+                found |= self.rest.energies(x, V)
+            for group in self.store.groups(x, x, is_compact=True):
+                for columns in slices(k, self._columns(group.widths, k)):
+                    for name, part in self._pull(group.left, V[:, columns], group.widths).items():
+                        found[name][columns] = squared_norms(part.transpose(0, 1))
+        return found
 
     @override
     def rows(self, x: Tensor) -> ExampleRows:
@@ -238,7 +259,7 @@ class FactorEngine(Engine):
         q = self.layout.rows_per_example * self.layout.passes
         # By parameter, in their place in the flat row, and what is made of them.
         rows = 3 * q * self.model.num_params * self.model.dtype.itemsize
-        per_example = int(slack(self.model.device.type) * rows) + self.store.transient(1) + self.store.bytes_per_example
+        per_example = int(slack(self.model.device.type) * rows) + self.store.transient(1)
         require(per_example, self.budget, "the rows of J of one example")
         fits = max(1, min(self.budget, 4 * working_set(self.model.device.type)) // per_example)
         ours = min(fits, self.chunk_size or fits)

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Self
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from torch import Tensor
+
+_PIECE = 1 << 18  # numbers that are copied to float64 at once: 2 MB, which stay in cache
 
 
 @dataclass(frozen=True)
@@ -47,3 +49,12 @@ class FlatLayout:
         """Add parameter blocks to flat vectors, in place and without another copy of all of them."""
         for name, place in self.slices().items():
             W[:, place].add_(part[name].reshape(W.shape[0], -1))
+
+
+def squared_norms(W: Float[Tensor, "k passes p"]) -> Float64[Tensor, " k"]:
+    """Return the squared norm of each column, summed in float64 by pieces, so that no copy of a block is held."""
+    total = torch.zeros(W.shape[0], dtype=torch.float64, device=W.device)
+    size = max(1, _PIECE // max(1, W.shape[0] * W.shape[1]))
+    for begin in range(0, W.shape[2], size):
+        total += W[..., begin : begin + size].double().square().sum((1, 2))
+    return total.cpu()

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TypeAlias, final
 
 import torch
+from jaxtyping import Float64
 from torch import Tensor
 from typing_extensions import override
 
@@ -104,6 +105,10 @@ class GramEngine(Engine):
         return self.inner.pull(x, V)
 
     @override
+    def pull_with_graph(self, x: Tensor, V: Block) -> ColumnsFirst:
+        return self.inner.pull_with_graph(x, V)
+
+    @override
     def push(self, x: Tensor, W: ColumnsFirst) -> Block:
         return self.inner.push(x, W)
 
@@ -115,6 +120,10 @@ class GramEngine(Engine):
         # entries, which averages out: about eps lambda_1 / n.
         total = times_transposed_in_float64(V.mT, self.product(x, x, V).mT).cpu()
         return (total + total.mT) / 2
+
+    @override
+    def energies(self, x: Tensor, V: Block) -> dict[str, Float64[Tensor, " k"]]:
+        return self.inner.energies(x, V)
 
     @override
     def rows(self, x: Tensor) -> ExampleRows:

@@ -56,7 +56,7 @@ def edges(output: Tensor, leaves: Mapping[str, Tensor]) -> list[Edge]:
     names = {id(leaf): name for name, leaf in leaves.items()}
     users: Users = {}
     ends = {}
-    for node in _nodes(output):
+    for node in nodes(output):
         for index, (child, number) in enumerate(node.next_functions):
             if child is not None:
                 users.setdefault(child, []).append((number, node, index))
@@ -82,7 +82,8 @@ def _uses(name: str, made_by: Node, output: int, seen: Seen, users: Users) -> It
         yield Edge(name, node, index, seen, onward)
 
 
-def _nodes(output: Tensor) -> Iterator[Node]:
+def nodes(output: Tensor) -> Iterator[Node]:
+    """Go through the graph behind a tensor, each node once."""
     stack, seen = [output.grad_fn], set()
     while stack:
         node = stack.pop()

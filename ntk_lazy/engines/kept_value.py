@@ -24,8 +24,8 @@ class KeptValue:
     """
 
     def __init__(self) -> None:
-        self._model: FunctionalModel | None = None
-        self._kept: tuple[Any, ...] = ()
+        # All in one, which another thread finds whole.
+        self._kept: tuple[Any, ...] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KeptValue:
         return KeptValue()
@@ -42,9 +42,10 @@ class KeptValue:
             rows: Which rows of the kernel are meant; None for all.
             key: What else it was made for.
         """
-        if self._model is None or not self._model.has_tensors_of(model):
+        kept = self._kept
+        if kept is None or not kept[0].has_tensors_of(model):
             return None
-        value, old_x, old_rows, old_key, old_versions = self._kept
+        _, value, old_x, old_rows, old_key, old_versions = kept
         versions = _versions(model, x)
         is_same = is_same_view(x, old_x) and versions == old_versions and None not in versions
         return value if is_same and _is_equal(rows, old_rows) and _is_equal(key, old_key) else None
@@ -53,7 +54,7 @@ class KeptValue:
         self, model: FunctionalModel, x: Tensor, rows: Tensor | None, value: Value, key: int | Tensor | None = None
     ) -> Value:
         """Keep something of a kernel in the place of what was kept."""
-        self._model, self._kept = model, (value, x, rows, key, _versions(model, x))
+        self._kept = model, value, x, rows, key, _versions(model, x)
         return value
 
     def get(
@@ -70,7 +71,7 @@ class KeptValue:
 
     def forget(self) -> None:
         """Let go of it."""
-        self._model, self._kept = None, ()
+        self._kept = None
 
 
 def _versions(model: FunctionalModel, x: Tensor) -> list[int | None]:

@@ -13,19 +13,13 @@ from torch import Tensor
 from torch.func import jvp, vjp, vmap
 from typing_extensions import override
 
-from ntk_lazy.errors import ArgumentError
+from ntk_lazy.engines.ties import WrittenOut
 from ntk_lazy.model import FunctionalModel
 
 Cotangents: TypeAlias = Float[Tensor, "columns examples outputs"]
 Tangents: TypeAlias = dict[str, Tensor]
-LinearisationMode: TypeAlias = Literal["forward-over-reverse", "double-reverse"]
+LinearisationMode: TypeAlias = Literal["forward-over-reverse", "double-reverse", "reverse by rows"]
 Result = TypeVar("Result")
-
-
-def refuse_inference_mode() -> None:
-    """Raise where torch keeps no record of what a derivative needs."""
-    if torch.is_inference_mode_enabled():
-        raise ArgumentError("torch.inference_mode() forbids derivatives. Use torch.no_grad() there instead.")
 
 
 class Linearisation(ABC):
@@ -70,17 +64,16 @@ class ForwardOverReverse(Linearisation):
             pushed: Tensor = jvp(self._outputs, (self.model.params,), (tangent,))[1]
             return pushed
 
-        if _num_columns(W) == 1:
-            return one({name: w[0] for name, w in W.items()}).unsqueeze(0)
-        return vmap(one, randomness="same")(W)
+        with WrittenOut():
+            if _num_columns(W) == 1:
+                return one({name: w[0] for name, w in W.items()}).unsqueeze(0)
+            return vmap(one, randomness="same")(W)
 
 
-@final
-class DoubleReverse(Linearisation):
-    """Reverse mode alone, for modules without a forward-mode rule: J w is the gradient of ``⟨Jᵀu, w⟩`` in u.
+class PlainReverse(Linearisation):
+    """Jᵀ by plain ``autograd.grad``, column by column.
 
-    Plain ``autograd.grad`` column by column, which also serves modules that the transforms of torch.func refuse
-    (activation checkpointing, weight normalisation).
+    It also serves modules that the transforms of torch.func refuse (activation checkpointing, weight normalisation).
     """
 
     @override
@@ -90,23 +83,47 @@ class DoubleReverse(Linearisation):
         def columns(output: Tensor) -> list[tuple[Tensor | None, ...]]:
             if not output.requires_grad:  # none of them is used
                 return [(None,) * len(leaves)] * len(U)
-            return [
-                torch.autograd.grad(
-                    output,
-                    list(leaves.values()),
-                    u,
-                    retain_graph=True,
-                    allow_unused=True,
-                    create_graph=torch.is_grad_enabled(),
-                )
-                for u in U
-            ]
+            return [self._gradients(output, leaves, u) for u in U]
 
         pulled = zip(*self._evaluate(leaves, columns), strict=True)
         return {
             name: torch.stack([torch.zeros_like(p) if g is None else g for g in grads])
             for (name, p), grads in zip(self.model.params.items(), pulled, strict=True)
         }
+
+    @staticmethod
+    def _gradients(output: Tensor, leaves: Tangents, u: Tensor) -> tuple[Tensor | None, ...]:
+        return torch.autograd.grad(
+            output,
+            list(leaves.values()),
+            u,
+            retain_graph=True,
+            allow_unused=True,
+            create_graph=torch.is_grad_enabled(),
+        )
+
+    def _leaves(self) -> Tangents:
+        """The parameters, with a graph to hang on; outside an outer graph they are cut off from the user's."""
+        params = self.model.params
+        if torch.is_grad_enabled() and any(p.requires_grad for p in params.values()):
+            return {n: p if p.requires_grad else p.detach().requires_grad_() for n, p in params.items()}
+        return {n: p.detach().requires_grad_() for n, p in params.items()}
+
+    def _evaluate(self, leaves: Tangents, then: Callable[[Tensor], Result]) -> Result:
+        """Run the model with a graph, and ``then`` in the caller's grad mode while the module holds the leaves."""
+        is_enabled = torch.is_grad_enabled()
+
+        def in_callers_mode(output: Tensor) -> Result:
+            with torch.set_grad_enabled(is_enabled):
+                return then(output)
+
+        with torch.enable_grad():
+            return self.model.evaluate(leaves, self.x, in_callers_mode)
+
+
+@final
+class DoubleReverse(PlainReverse):
+    """Reverse mode alone, for modules without a forward-mode rule: J w is the gradient of ``⟨Jᵀu, w⟩`` in u."""
 
     @override
     def push(self, W: Tangents) -> Cotangents:
@@ -122,7 +139,8 @@ class DoubleReverse(Linearisation):
             pushed = [self._column(used, u, {n: w[i] for n, w in W.items()}) for i in range(_num_columns(W))]
             return torch.stack(pushed)
 
-        return self._evaluate(leaves, columns)
+        with WrittenOut():
+            return self._evaluate(leaves, columns)
 
     @staticmethod
     def _column(pulled: list[tuple[str, Tensor]], u: Tensor, w: Tangents) -> Tensor:
@@ -138,29 +156,44 @@ class DoubleReverse(Linearisation):
         )
         return torch.zeros_like(u) if pushed is None else pushed
 
-    def _leaves(self) -> Tangents:
-        """The parameters, with a graph to hang on; outside an outer graph they are cut off from the user's."""
-        params = self.model.params
-        if torch.is_grad_enabled() and any(p.requires_grad for p in params.values()):
-            return {n: p if p.requires_grad else p.detach().requires_grad_() for n, p in params.items()}
-        return {n: p.detach().requires_grad_() for n, p in params.items()}
 
-    def _evaluate(self, leaves: Tangents, then: Callable[[Tensor], Result]) -> Result:
-        """Run the model with a graph, and ``then`` in the caller's grad mode while the module holds the leaves."""
-        refuse_inference_mode()
-        is_enabled = torch.is_grad_enabled()
+@final
+class ReverseByRows(PlainReverse):
+    """Reverse mode once, for modules whose backward pass has no derivative: J w is ``⟨row, w⟩`` for each row of J.
 
-        def in_callers_mode(output: Tensor) -> Result:
-            with torch.set_grad_enabled(is_enabled):
-                return then(output)
+    Cost: for each example by itself a forward pass and C backward passes, and C parameter vectors at a time.
+    """
 
-        with torch.enable_grad():
-            return self.model.evaluate(leaves, self.x, in_callers_mode)
+    @override
+    def push(self, W: Tangents) -> Cotangents:
+        return torch.stack([ReverseByRows(self.model, one)._push_one(W) for one in self.x.split(1)], 1)
+
+    def _push_one(self, W: Tangents) -> Float[Tensor, "columns outputs"]:
+        leaves = self._leaves()
+
+        def columns(output: Tensor) -> Tensor:
+            pushed = output.new_zeros(_num_columns(W), output.shape[1])
+            if not output.requires_grad:
+                return pushed
+            for c, unit in enumerate(torch.eye(output.shape[1], dtype=output.dtype, device=output.device)):
+                rows = zip(leaves, self._gradients(output, leaves, unit.unsqueeze(0)), strict=True)
+                parts = [W[name].flatten(1) @ row.flatten() for name, row in rows if row is not None]
+                pushed[:, c] = torch.stack(parts).sum(0) if parts else 0
+            return pushed
+
+        return self._evaluate(leaves, columns)
 
 
-def linearisation(mode: LinearisationMode) -> type[ForwardOverReverse] | type[DoubleReverse]:
+_LINEARISATIONS: dict[LinearisationMode, type[ForwardOverReverse] | type[DoubleReverse] | type[ReverseByRows]] = {
+    "forward-over-reverse": ForwardOverReverse,
+    "double-reverse": DoubleReverse,
+    "reverse by rows": ReverseByRows,
+}
+
+
+def linearisation(mode: LinearisationMode) -> type[ForwardOverReverse] | type[DoubleReverse] | type[ReverseByRows]:
     """The linearisation of a mode."""
-    return ForwardOverReverse if mode == "forward-over-reverse" else DoubleReverse
+    return _LINEARISATIONS[mode]
 
 
 def example_gradients(model: FunctionalModel, x: Tensor, cotangents: Float[Tensor, "rows outputs"]) -> Tangents:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TypeVar, final
 
 import torch
+from jaxtyping import Float64
 from torch import Tensor
 from typing_extensions import override
 
@@ -188,12 +189,20 @@ class PlannedEngine(Engine):
         return self._try(self._layers, lambda engine: engine.pull(x, V))
 
     @override
+    def pull_with_graph(self, x: Tensor, V: Block) -> ColumnsFirst:
+        return self.autodiff.pull_with_graph(x, V)
+
+    @override
     def push(self, x: Tensor, W: ColumnsFirst) -> Block:
         return self._try(self._layers, lambda engine: engine.push(x, W))
 
     @override
     def half_gram(self, x: Tensor, V: Block) -> SmallMatrix:
         return self._try(self._series or self._layers, lambda engine: engine.half_gram(x, V))
+
+    @override
+    def energies(self, x: Tensor, V: Block) -> dict[str, Float64[Tensor, " k"]]:
+        return self._try(self._layers, lambda engine: engine.energies(x, V))
 
     @override
     def rows(self, x: Tensor) -> ExampleRows:
@@ -281,7 +290,8 @@ class PlannedEngine(Engine):
         is_kept = calls > 1 and self.factors.store.keeps(num_examples1 + num_examples2)
         # The side of the rows is the same in all calls.
         layers = calls * min(cost.tiles(), cost.products(columns)) + cost.capture() * (1 if is_kept else calls)
-        if layers <= cost.autodiff(columns, calls, mode="forward-over-reverse"):
+        least = cost.autodiff(columns, calls, mode="forward-over-reverse")
+        if not self.preflight.pays_to_differentiate(layers - least):
             return self.factors
         return self.factors if layers <= cost.autodiff(columns, calls) else self.autodiff
 
@@ -289,8 +299,8 @@ class PlannedEngine(Engine):
         """Choose as ``alternatives`` ranks; how the model differentiates is found out only where it could matter."""
         cost = self._cost(num_examples, is_symmetric)
         best = next(iter(ranked(self._by_layers(cost, columns, calls))), None)
-        least = cost.autodiff(columns, calls, mode="forward-over-reverse")
-        if best is not None and best.num_bytes is not None and best.seconds <= least:
+        least, pays = cost.autodiff(columns, calls, mode="forward-over-reverse"), self.preflight.pays_to_differentiate
+        if best is not None and best.num_bytes is not None and not pays(best.seconds - least):
             return self.choice(best.engine)
         ways = self.alternatives(num_examples, is_symmetric=is_symmetric, columns=columns, calls=calls)
         return self.choice(ways[0].engine)

@@ -17,7 +17,8 @@ from torch import Tensor
 from ntk_lazy.engines import suspects
 from ntk_lazy.engines.contract import PassTimes, Preflight
 from ntk_lazy.engines.coverage import Coverage
-from ntk_lazy.engines.derivatives import Derivatives, quiet
+from ntk_lazy.engines.derivatives import Derivatives, fault_of_second_derivatives, quiet
+from ntk_lazy.engines.exchange import refuse_other_ways, refuse_unreached
 from ntk_lazy.engines.flops import FlopCount
 from ntk_lazy.engines.forward_pass import ForwardPass
 from ntk_lazy.engines.linearisation import (
@@ -25,11 +26,10 @@ from ntk_lazy.engines.linearisation import (
     LinearisationMode,
     Tangents,
     linearisation,
-    refuse_inference_mode,
 )
 from ntk_lazy.engines.rates import seconds
 from ntk_lazy.engines.rounding import largest, noise
-from ntk_lazy.engines.suspects import TRANSFORM_ERRORS, Call, named
+from ntk_lazy.engines.suspects import AS_ONE_EXAMPLE, LOOKUP_ERRORS, TRANSFORM_ERRORS, Call, named
 from ntk_lazy.errors import NonFiniteError, UnsupportedModuleError
 from ntk_lazy.model import FunctionalModel
 
@@ -49,22 +49,26 @@ def check(model: FunctionalModel, x: Tensor) -> Preflight:
     Cost: About a dozen passes over ``x``; memory for up to ``8 + 2 b`` parameter vectors.
 
     Raises:
-        ArgumentError: The caller is in inference mode.
         NonFiniteError: A parameter, an output or a gradient is not finite.
         ShapeError: The outputs do not have the examples as their first dimension.
         UnsupportedModuleError: The outputs are random, depend on the other examples of the batch or are not
             real floating-point numbers; no parameter reaches them; or no way of differentiating works.
     """
-    refuse_inference_mode()
     _check_parameters(model)
     with quiet(x) as caught:
-        forward = ForwardPass.run(model, x)
+        forward = ForwardPass.run(model, x, is_repeated=True)
         forward.check_determinism()
-        model = replace(model, has_private_buffers=forward.writes_buffers, keeps_generators=forward.draws_numbers)
+        model = replace(
+            model,
+            has_private_buffers=forward.writes_buffers,
+            keeps_generators=forward.draws_numbers,
+            is_widened=forward.copy.is_widened,
+        )
         activation_bytes = _measure_activations(model, x)
         with FlopCount() as counter:
             model(model.params, x)
         _refuse_known(forward)
+        refuse_other_ways(model, forward.touched, x, _weighted_cotangents(forward.output)[:1], forward.rounding)
         by_example = _check_independence(model, forward)
         _refuse_dropped_gradients(caught)
         coverage = _find_factors(model, forward, by_example)
@@ -77,6 +81,7 @@ def check(model: FunctionalModel, x: Tensor) -> Preflight:
                 times = _time_passes(model, x, derivatives.mode, activation_bytes)
     return Preflight(
         find_derivatives=find,
+        find_second_fault=partial(fault_of_second_derivatives, model, x.clone()),
         num_outputs=forward.output.shape[1],
         writes_buffers=forward.writes_buffers,
         draws_numbers=forward.draws_numbers,
@@ -84,6 +89,8 @@ def check(model: FunctionalModel, x: Tensor) -> Preflight:
         times=times,
         activation_bytes=activation_bytes,
         coverage=coverage,
+        is_widened=model.is_widened,
+        remarks=forward.arithmetic.remarks,
     )
 
 
@@ -113,11 +120,7 @@ def _measure_activations(model: FunctionalModel, x: Tensor) -> int:
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = model(leaves, x)
-    if not output.requires_grad:
-        raise UnsupportedModuleError(
-            "no parameter that was chosen reaches the output: it is detached, computed under no_grad, or does not use "
-            "them. The kernel would be zero. Choose others with params=, or return the output with its graph."
-        )
+    refuse_unreached(output, leaves)
     return -(-sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) // x.shape[0])
 
 
@@ -149,24 +152,24 @@ def _check_independence(model: FunctionalModel, forward: ForwardPass) -> list[Ta
         For each example, ``_weight`` times its gradients along the two ``_cotangents``, each ``(2, *shape)``.
     """
     x, calls = forward.x, forward.calls
-    weights = torch.tensor([_weight(i) for i in range(x.shape[0])]).to(forward.output)
-    U = _cotangents(forward.output)[:, None, :] * weights[:, None]
+    U = _weighted_cotangents(forward.output)
     by_example = []
     for i in range(x.shape[0]):
         example = slice(i, i + 1)
         try:
             alone = model(model.params, x[example])
-        except TRANSFORM_ERRORS as error:
+        except (*TRANSFORM_ERRORS, *LOOKUP_ERRORS) as error:
             what = f"the model takes a batch, but not one example alone ({suspects.first_line(error)})"
             raise _coupled(calls, what) from error
-        if forward.rounding.separates(alone, forward.output[example], scale=largest(forward.output)):
+        if forward.has_other_outputs(alone, forward.output[example]):
+            forward.check_is_settled(i)
             raise _coupled(calls, f"the output for example {i} alone differs from that in a batch of {x.shape[0]}")
         by_example.append(_reverse(model, x[example], U[:, example]))
         _check_gradient(by_example[-1], example=i)
     together = _reverse(model, x, U)
     scale = largest(*together.values())
     for name, gradient in together.items():
-        if forward.rounding.separates(torch.stack([g[name] for g in by_example]).sum(0), gradient, scale=scale):
+        if forward.has_other_gradients(torch.stack([g[name] for g in by_example]).sum(0), gradient, scale=scale):
             raise _coupled(calls, f"the gradient of {name!r} over a batch is not the sum over its examples")
     _check_unequal_rows(model, forward)
     return by_example
@@ -182,7 +185,7 @@ def _check_unequal_rows(model: FunctionalModel, forward: ForwardPass) -> None:
     output = model(model.params, spread)
     for i in range(x.shape[0]):
         alone = model(model.params, spread[i : i + 1])
-        if forward.rounding.separates(alone, output[i : i + 1], scale=largest(output)):
+        if forward.has_other_outputs(alone, output[i : i + 1]):
             raise _coupled(forward.calls, f"the output for one example differs from that in a batch of {x.shape[0]}")
 
 
@@ -213,7 +216,7 @@ def _coupled(calls: list[Call], what: str) -> UnsupportedModuleError:
     if time_first:
         cure = f"The first dimension is time to {named(time_first)}: set batch_first=True."
     else:
-        cure = "Compute each example of dimension 0 by itself; where it squeezes, let it squeeze(-1)."
+        cure = f"Compute each example of dimension 0 by itself; where it squeezes, let it squeeze(-1). {AS_ONE_EXAMPLE}"
     return UnsupportedModuleError(f"{what}. {cure}")
 
 
@@ -233,7 +236,7 @@ def _find_factors(model: FunctionalModel, forward: ForwardPass, by_example: list
 
     def agrees(name: str, rows: Tensor) -> bool:
         expected = torch.stack([by_example[i][name].reshape(2, -1) / _weight(i) for i in members])
-        return not forward.rounding.separates(rows, expected.to(rows.dtype), scale=scale)
+        return not forward.has_other_gradients(rows, expected.to(rows.dtype), scale=scale)
 
     try:
         return Coverage.of(model, forward.x[members], cotangents=_cotangents(forward.output), agrees=agrees)
@@ -267,6 +270,12 @@ def _time_passes(model: FunctionalModel, x: Tensor, mode: LinearisationMode, act
 
 def _cotangents(output: Tensor) -> Tensor:
     return noise((2, output.shape[1]), like=output, seed=1)
+
+
+def _weighted_cotangents(output: Tensor) -> Tensor:
+    """Return two cotangents for all examples, shape ``(2, b, C)``."""
+    weights = torch.tensor([_weight(i) for i in range(output.shape[0])]).to(output)
+    return _cotangents(output)[:, None, :] * weights[:, None]
 
 
 def _weight(example: int) -> float:

@@ -16,12 +16,20 @@ from typing_extensions import override
 
 from ntk_lazy.engines.rounding import Rounding, noise
 from ntk_lazy.engines.watch import Watch
-from ntk_lazy.model import as_ieee, attributes_kept
+from ntk_lazy.model import as_ieee
+from ntk_lazy.module_state import module_state_kept
 from ntk_lazy.precision import differentiable_weight_norm
 
 # What a transform of functions raises where it meets an operation that it has no rule for. The module has run
 # without the transform by then, so that none of these can be the user's own.
 TRANSFORM_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError)
+# What a module raises besides, where it wants another number of examples.
+LOOKUP_ERRORS = (IndexError, KeyError, AssertionError)
+
+AS_ONE_EXAMPLE = (
+    "Where the first dimension are the nodes of one graph, or other parts of one thing, pass that as one example: "
+    "x.unsqueeze(0), to a module that returns torch.stack([model(one) for one in x])."
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,20 +47,29 @@ class Call:
 
 
 @contextmanager
-def recorded_calls(module: nn.Module | None) -> Iterator[list[Call]]:
+def recorded_calls(module: nn.Module | None, running: list[Call] | None = None) -> Iterator[list[Call]]:
     """List the calls of a module and of those inside it, in the order in which they return.
 
     Each module has a hook for the length of this context. One hook on all modules of the process would touch
     less, but torch 2.13 does not take all of such a hook away again.
+
+    Args:
+        module: The outermost one; None for a function, which calls none that is known.
+        running: Holds the calls that have not returned, the innermost one last, while the context lasts.
     """
     calls: list[Call] = []
+    running = [] if running is None else running
     inner = {} if module is None else {found: name for name, found in module.named_modules()}
 
+    def begin(called: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        running.append(Call(inner[called], called, args, kwargs))
+
     def note(called: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        calls.append(Call(inner[called], called, args, kwargs))
+        calls.append(running.pop())
 
     with ExitStack() as hooks:
         for found in inner:
+            hooks.callback(found.register_forward_pre_hook(begin, with_kwargs=True).remove)
             hooks.callback(found.register_forward_hook(note, with_kwargs=True).remove)
         yield calls
 
@@ -177,7 +194,7 @@ def _try_forward_mode(call: Call) -> str | None:
     def outputs(params: dict[str, Tensor], inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
         args = tuple(inputs[str(i)] if i in places else arg for i, arg in enumerate(call.args))
         buffers = {name: as_ieee(b.detach().clone()) for name, b in call.module.named_buffers()}
-        with attributes_kept(call.module), differentiable_weight_norm():
+        with module_state_kept(call.module), differentiable_weight_norm():
             returned = functional_call(call.module, {**params, **buffers}, args, call.kwargs)
         return tuple(_floating_tensors(returned))
 

@@ -115,7 +115,7 @@ def row_slices(left: Side, right: Side, num_entries: int) -> Iterator[tuple[Flat
         return
     found = [uses for side in sides for _, uses in side if uses]
     first = found[0][0]
-    is_alike = all(len(uses) == 1 and uses[0].kind == first.kind for uses in found)
+    is_alike = all(use.division == first.division for uses in found for use in uses)
     num_rows = sum(num for side in sides for num, _ in side)
     for part in first.parts(max(1, num_entries // max(num_rows, 1))) if is_alike else [None]:
         rows = [_flat(side, part) for side in sides]

@@ -37,6 +37,7 @@ class WeightGram:
     _factor: tuple[float, Tensor | None] | None = None
 
     @classmethod
+    @ieee_precision()
     def of(cls, engine: Engine, x: Tensor, v: Float[Tensor, " all_rows"] | None) -> WeightGram:
         """Add it up over chunks of examples.
 
@@ -50,7 +51,7 @@ class WeightGram:
         size, r = engine.num_features, engine.layout.rows_per_example
         matrix = torch.zeros(size, size, dtype=torch.float64, device=engine.model.device)
         for examples in _chunks(engine, x.shape[0]):
-            with torch.no_grad(), ieee_precision():
+            with torch.no_grad():
                 J = engine.rows(x[examples]).reshape(-1, size).double()
                 if v is not None:
                     J *= v[examples.start * r : examples.stop * r].double().sqrt().unsqueeze(1)

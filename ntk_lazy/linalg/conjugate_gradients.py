@@ -2,7 +2,7 @@
 
 Each column is solved by itself, with products in common. Nothing is compared with an absolute number: a system in other
 units takes the same steps. What the recurrence says of its residual is checked by one more product, and columns whose
-residual is larger than that start again from it, as long as it is larger than what rounding makes of it.
+residual is larger than that start again from it, as long as rounding does not explain it.
 """
 
 from __future__ import annotations
@@ -19,11 +19,14 @@ Columns: TypeAlias = Float[Tensor, "*batch n k"]
 Map: TypeAlias = Callable[[Columns], Columns]
 Scalars: TypeAlias = Float[Tensor, "*batch 1 k"]
 
+FROM_ROUNDING = 10.0
+"""How many times what rounding makes of one product a residual may be that rounding explains: that of all steps."""
+
 _MOST_ROUNDS = 8
 _GAIN = 0.5  # of a round that is worth another one
 _NEXT_LOOK = 0.3  # of a residual that was measured: where it is measured again
 _QUADRATURE_RTOL = 1e-2
-_OTHER_UNIT = 3.0  # not a power of two: everything rounds anew
+_OTHER_UNITS = (3.0, 5.0, 7.0)  # not powers of two: everything rounds anew
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +50,8 @@ class Solution:
     Attributes:
         X: The solutions.
         residuals: ``‖b − A x‖ / ‖b‖`` of each column, measured by a product.
-        rounding: What rounding alone makes of it, where it is above the tolerance after the first round; 0 elsewhere.
+        rounding: What rounding makes of it in one product, where it is above the tolerance after the first round, the
+            largest of three samples; 0 elsewhere. That of all steps adds up to a few times as much.
         num_products: Columns that A was multiplied with.
         tridiagonal: Of the first columns the matrices of the Lanczos process that belongs to the steps, for the
             preconditioned matrix: ``(columns, *batch, steps, steps)``. One that ends early goes on as the identity.
@@ -85,7 +89,8 @@ def conjugate_gradients(
 
     Cost: A product with all columns that are not done, for each step, and one with all at the end of each round; most
         solves have one round. Columns whose residual falls below ``eps ‖A‖ ‖x‖`` are measured in between, at each third
-        of what they were: beyond what rounding allows no step is taken. Memory: six blocks like B.
+        of what they were: beyond what rounding allows no step is taken. Columns that are above the tolerance after the
+        first round are multiplied three times more, to tell. Memory: six blocks like B.
 
     Source: Hestenes and Stiefel (1952); the restart is residual replacement, van der Vorst and Ye, Residual replacement
         strategies for Krylov subspace iterative methods (SIAM J. Sci. Comput. 22, 2000).
@@ -117,11 +122,29 @@ def conjugate_gradients(
         is_pending = (now > rtol) & (now < _GAIN * before)
         if number == 0 and bool(is_pending.any()):
             at = _columns(is_pending)
-            again = B[..., pending[at]] - _OTHER_UNIT * matmul(D[..., at] / _OTHER_UNIT)
-            num_products += len(at)
-            rounding[..., pending[at]] = _norms(again - left[..., at]) / own[..., at]
-        pending = pending[_columns(is_pending & (now > 2 * rounding[..., pending]))]
+            samples = _rounding(matmul, B[..., pending[at]], D[..., at], left[..., at])
+            rounding[..., pending[at]] = samples / own[..., at]
+            num_products += len(_OTHER_UNITS) * len(at)
+        pending = pending[_columns(is_pending & (now > _worth(rounding[..., pending], rtol)))]
     return Solution(X, residuals, rounding, num_products, tridiagonal.matrices(B))
+
+
+def _rounding(matmul: Map, B: Columns, X: Columns, R: Columns) -> Scalars:
+    """Return the largest difference between ``B - A X``, which is R, and the same from products in other units.
+
+    One sample is not enough: where one eigenvalue dominates, it is a normal number, and may be next to nothing.
+    """
+    differences = [_norms(B - unit * matmul(X / unit) - R) for unit in _OTHER_UNITS]
+    return torch.stack(differences).amax(0)
+
+
+def _worth(rounding: Scalars, rtol: float) -> Scalars:
+    """Return the residuals from which another round is worth its steps, about as many as those before it.
+
+    Where the tolerance can be reached, any. Elsewhere a round would gain what the steps of the last one have added to
+    the rounding of a product, mostly a factor of 1 to 4: less than the other half of all steps is worth.
+    """
+    return torch.where(rounding <= rtol, rounding, FROM_ROUNDING * rounding)
 
 
 def _round(

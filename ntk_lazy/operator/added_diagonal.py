@@ -22,9 +22,11 @@ from typing_extensions import override
 
 from ntk_lazy.errors import ArgumentError
 from ntk_lazy.gemm import times_transposed
-from ntk_lazy.linalg.conjugate_gradients import Preconditioner, conjugate_gradients
+from ntk_lazy.linalg.conjugate_gradients import FROM_ROUNDING, Preconditioner, conjugate_gradients
 from ntk_lazy.linalg.tiles import row_tiles
+from ntk_lazy.operator.differentiation import differentiable_once, once, solve_for
 from ntk_lazy.operator.log_likelihood import log_likelihood_terms
+from ntk_lazy.operator.ordinary import in_ordinary_mode
 from ntk_lazy.operator.preconditioner_rank import preconditioner_rank
 from ntk_lazy.operator.roots import known_norm, lanczos_inverse_root, lanczos_root, randomised_root, root_of_kept_pairs
 from ntk_lazy.operator.weight_space import WeightSolution, WeightSpace
@@ -38,6 +40,7 @@ _TYPICAL_SOLVES = 10  # of a training: what is made of K alone pays for all of t
 
 
 @final
+@in_ordinary_mode
 class AddedDiagonal(AddedDiagLinearOperator):  # type: ignore[misc]  # linear_operator has no types
     """``K + D`` with a tangent kernel K.
 
@@ -68,6 +71,37 @@ class AddedDiagonal(AddedDiagLinearOperator):  # type: ignore[misc]  # linear_op
     def _matmul(self, rhs: Tensor) -> Tensor:
         diagonal = self._diag_tensor._diagonal()
         return self.kernel._matmul(rhs) + (diagonal * rhs if rhs.ndim == 1 else diagonal.unsqueeze(-1) * rhs)
+
+    @override
+    def matmul(self, other: Tensor | LinearOperator) -> Tensor | LinearOperator:
+        if not (isinstance(other, Tensor) and torch.is_grad_enabled() and (other.requires_grad or self.requires_grad)):
+            return super().matmul(other)
+        # Part by part: each follows the graph of a gradient, where linear_operator's sum saves vectors without theirs.
+        return self.kernel.matmul(other) + self._diag_tensor.matmul(other)
+
+    @override
+    def solve(self, right_tensor: Tensor, left_tensor: Tensor | None = None) -> Tensor:
+        found = solve_for(self, right_tensor, left_tensor)
+        return super().solve(right_tensor, left_tensor) if found is None else found
+
+    def bilinear_gradients(self, left: Tensor, right: Tensor) -> tuple[Tensor | None, ...]:
+        """Differentiate ``sum_d left_dᵀ (K + D) right_d`` in all tensors of both; in the caller's grad mode."""
+        of_diagonal = self._diag_tensor._bilinear_derivative(left, right)
+        of_kernel = self.kernel.bilinear_gradients(left, right)
+        is_first = self.linear_ops[0] is self.kernel
+        return (*of_kernel, *of_diagonal) if is_first else (*of_diagonal, *of_kernel)
+
+    @override
+    def _bilinear_derivative(self, left_vecs: Tensor, right_vecs: Tensor) -> tuple[Tensor | None, ...]:
+        # As for K: with vectors that linear_operator has saved without their graph.
+        with torch.no_grad():
+            found: tuple[Tensor | None, ...] = super()._bilinear_derivative(left_vecs, right_vecs)
+        return differentiable_once(found, (left_vecs, right_vecs, *self.representation()))
+
+    @override
+    def inv_quad(self, inv_quad_rhs: Tensor, reduce_inv_quad: bool = True) -> Tensor:
+        value: Tensor = super().inv_quad(*once(inv_quad_rhs, of=self.representation()), reduce_inv_quad)
+        return value
 
     @override
     def _solve(
@@ -115,6 +149,8 @@ class AddedDiagonal(AddedDiagLinearOperator):  # type: ignore[misc]  # linear_op
         self, inv_quad_rhs: Tensor | None = None, logdet: bool | None = False, reduce_inv_quad: bool | None = True
     ) -> tuple[Tensor | None, Tensor | None]:
         by_cholesky = settings.fast_computations.log_prob.off() or self.size(-1) <= settings.max_cholesky_size.value()
+        if inv_quad_rhs is not None and not by_cholesky:
+            (inv_quad_rhs,) = once(inv_quad_rhs, of=self.representation())
         found = None
         if logdet and not by_cholesky and not self._trains_network():
             self._check_diagonal()
@@ -291,7 +327,7 @@ def _warn(worst: float, tolerance: float, max_steps: int, *, rounding: float = 0
         return
     cure = (
         "That is what rounding leaves of it: use a float64 model"
-        if worst <= 3 * rounding
+        if worst <= FROM_ROUNDING * rounding
         else "Raise max_cg_iterations or max_preconditioner_size, use a float64 model"
     )
     warnings.warn(

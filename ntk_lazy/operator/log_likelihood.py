@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from typing_extensions import override
 
+from ntk_lazy.operator.differentiation import differentiable_once
 from ntk_lazy.operator.weight_space import WeightSpace
 from ntk_lazy.shapes import Block
 
@@ -41,14 +41,19 @@ class _Terms(torch.autograd.Function):
         ctx: Any, weights: WeightSpace, X: Block, B: Block, scale: Tensor | None, diagonal: Tensor
     ) -> tuple[Tensor, Tensor]:
         ctx.weights, ctx.shape = weights, diagonal.shape
-        ctx.save_for_backward(X)
+        ctx.save_for_backward(X, B, scale, diagonal)
         return (X * B).sum(0), torch.as_tensor(weights.log_determinant(), dtype=X.dtype, device=X.device)
 
     @staticmethod
     @override
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (X,), weights, (of_quadratic, of_log) = ctx.saved_tensors, ctx.weights, grads
+        with torch.no_grad():
+            found = _Terms._gradients(ctx, grads)
+        return differentiable_once(found, (*ctx.saved_tensors[1:], *grads))
+
+    @staticmethod
+    def _gradients(ctx: Any, grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+        X, weights, (of_quadratic, of_log) = ctx.saved_tensors[0], ctx.weights, grads
         _, _, needs_B, needs_scale, needs_diagonal = ctx.needs_input_grad
         is_one = ctx.shape.numel() == 1
         rank = weights.effective_rank() if needs_scale or (needs_diagonal and is_one) else 0.0

@@ -10,14 +10,18 @@ import numpy as np
 import torch
 from jaxtyping import Float64
 from linear_operator.operators import DiagLinearOperator, LinearOperator, RootLinearOperator, SumLinearOperator
+from linear_operator.utils.broadcasting import _matmul_broadcast_shape
 from torch import Tensor
 from typing_extensions import override
 
 from ntk_lazy.errors import BudgetError, ShapeError
 from ntk_lazy.model import FunctionalModel, as_ieee
+from ntk_lazy.modes import ordinary_mode
 from ntk_lazy.operator.added_diagonal import AddedDiagonal
+from ntk_lazy.operator.differentiation import differentiable_once, multiply, once, solve_for
 from ntk_lazy.operator.indices import backward_slices, plain_indices
 from ntk_lazy.operator.job import job_of
+from ntk_lazy.operator.ordinary import in_ordinary_mode
 from ntk_lazy.operator.readout import read_entries, write_down
 from ntk_lazy.operator.representation import KernelRepresentation
 from ntk_lazy.operator.roots import keep_pairs, lanczos_inverse_root, lanczos_root
@@ -30,6 +34,7 @@ from ntk_lazy.solves import Solve
 
 
 @final
+@in_ordinary_mode
 class NTKLinearOperator(KernelRepresentation):
     """The empirical neural tangent kernel, lazily; made by ``ntk_lazy.ntk``.
 
@@ -37,9 +42,11 @@ class NTKLinearOperator(KernelRepresentation):
     to example i and output c. Square (``x2`` is None) or rectangular, batched over leading dimensions of the inputs.
 
     Nothing is cached: after an optimiser step the same operator is the new kernel. It is differentiable in points,
-    parameters and scale.
+    parameters and scale; products, entries, ``to_dense`` and ``solve`` any number of times, all else once: to
+    differentiate that again raises ``SecondDerivativeError``.
 
-    Cost: a product with k columns is two sweeps over the examples, see ``explain()``.
+    Cost: a product with k columns is two sweeps over the examples, see ``explain()``. A gradient that is taken with
+    ``create_graph=True`` holds the graph of all examples at once, outside the memory budget.
     """
 
     # What the operator is.
@@ -69,6 +76,7 @@ class NTKLinearOperator(KernelRepresentation):
         """The rows of a long vector that this process holds: all of them."""
         return Rows(self._gramian.side1.num_rows)
 
+    @ordinary_mode()
     def explain(
         self, num_columns: int = 1, num_products: int = 1, *, eigenpairs: int | None = None, solve: Solve | None = None
     ) -> Plan:
@@ -263,11 +271,46 @@ class NTKLinearOperator(KernelRepresentation):
     def _bilinear_derivative(self, left_vecs: Tensor, right_vecs: Tensor) -> tuple[Tensor | None, ...]:
         if left_vecs.ndim == 1:
             left_vecs, right_vecs = left_vecs.unsqueeze(-1), right_vecs.unsqueeze(-1)
-        return self._gradients(lambda wrt: self._gramian.bilinear(left_vecs, right_vecs, wrt=wrt))
+        with torch.no_grad():
+            found = self.bilinear_gradients(left_vecs, right_vecs)
+        # linear_operator asks with vectors that it has saved without their graph.
+        return differentiable_once(found, (left_vecs, right_vecs, *self.representation()))
+
+    def bilinear_gradients(self, left: Tensor, right: Tensor) -> tuple[Tensor | None, ...]:
+        """Differentiate ``sum_d left_dᵀ K right_d`` in all tensors of the representation; in the caller's grad mode.
+
+        Args:
+            left: Shape ``(*batch2, n1, d)``.
+            right: Shape ``(*batch2, n2, d)``.
+        """
+        if torch.is_grad_enabled():
+            return self._gradients_with_graph(lambda gramian: gramian.bilinear_form(left, right))
+        return self._gradients(lambda wrt: self._gramian.bilinear(left, right, wrt=wrt))
 
     def dense_derivative(self, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        """Differentiate ``⟨upstream, K⟩`` in all tensors of the representation but the scale."""
+        """Differentiate ``⟨upstream, K⟩`` in all tensors of the representation; in the caller's grad mode.
+
+        Without a graph, that in the scale is left out.
+        """
+        if torch.is_grad_enabled():
+            return self._gradients_with_graph(lambda gramian: gramian.dense_form(upstream))
         return self._gradients(lambda wrt: self._gramian.dense_gradient(upstream, wrt=wrt))
+
+    def entries_derivative(self, index: tuple[Tensor, ...], upstream: Tensor) -> tuple[Tensor | None, ...]:
+        """Differentiate a sum of entries with weights in all tensors of the representation, with a graph."""
+        return self._gradients_with_graph(lambda gramian: (gramian.entries(*index) * upstream).sum())
+
+    @override
+    def matmul(self, other: Tensor | LinearOperator) -> Tensor | LinearOperator:
+        if not (isinstance(other, Tensor) and torch.is_grad_enabled() and (other.requires_grad or self.requires_grad)):
+            return super().matmul(other)
+        _matmul_broadcast_shape(self.shape, other.shape)
+        return multiply(self.representation_tree(), other, self.representation())
+
+    @override
+    def solve(self, right_tensor: Tensor, left_tensor: Tensor | None = None) -> Tensor:
+        found = solve_for(self, right_tensor, left_tensor)
+        return super().solve(right_tensor, left_tensor) if found is None else found
 
     @override
     def to_dense(self, *, max_dense_bytes: int | None = None) -> Tensor:
@@ -312,10 +355,11 @@ class NTKLinearOperator(KernelRepresentation):
             return_pivots: Whether to return the permutation too.
 
         Returns:
-            L of shape ``(*batch, n, rank)``, ``K ≈ L Lᵀ``, differentiable.
+            L of shape ``(*batch, n, rank)``, ``K ≈ L Lᵀ``, differentiable once.
         """
+        operator = self.representation_tree()(*once(*self.representation()))
         with self.linearised(rank):
-            return super().pivoted_cholesky(rank, error_tol, return_pivots)
+            return LinearOperator.pivoted_cholesky(operator, rank, error_tol, return_pivots)
 
     @override
     def _root_decomposition(self) -> Tensor:

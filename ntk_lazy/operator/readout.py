@@ -1,6 +1,7 @@
 """Autograd for what is read off K: backward passes that compute again, chunk by chunk, and keep no graph.
 
-Without these an entry of K would hold the graph of two rows of J, and a diagonal that of all of them.
+Without these an entry of K would hold the graph of two rows of J, and a diagonal that of all of them. Only where a
+gradient is to be differentiated again (``create_graph=True``) it has such a graph.
 """
 
 from __future__ import annotations
@@ -42,6 +43,9 @@ class _Entries(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         if _is_bilinear(ctx):
             return (None, None, *_bilinear_gradients(ctx, grads[0]))
+        if torch.is_grad_enabled():
+            operator = ctx.tree(*ctx.saved_tensors)
+            return (None, None, *operator.entries_derivative(ctx.index, grads[0]))
         tensors = _leaves(ctx)
         gramian = ctx.tree(*tensors).gramian
         asked = [t for t in tensors if t.requires_grad]
@@ -102,8 +106,8 @@ def _bilinear_gradients(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]
     units = upstream.new_zeros(operator.shape[-2 if is_wide else -1], few.numel())
     units[few, torch.arange(few.numel(), device=few.device)] = 1
     weights = upstream.new_zeros(operator.shape[-1 if is_wide else -2], few.numel())
-    weights.index_put_((across, place), upstream.reshape(-1), accumulate=True)
-    gradients: tuple[Tensor | None, ...] = operator._bilinear_derivative(
+    weights = weights.index_put((across, place), upstream.reshape(-1), accumulate=True)
+    gradients: tuple[Tensor | None, ...] = operator.bilinear_gradients(
         *((units, weights) if is_wide else (weights, units))
     )
     return gradients

@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from ntk_lazy.engines.contract import X1, X2, Preflight
 from ntk_lazy.model import FunctionalModel, ModelCall
+from ntk_lazy.modes import as_recordable
 from ntk_lazy.operator.bilinear import BilinearGradient
 from ntk_lazy.operator.gramian import Gramian
 from ntk_lazy.operator.indices import is_everything, is_same_index
@@ -45,6 +46,10 @@ class KernelRepresentation(LinearOperator):  # type: ignore[misc]  # linear_oper
         scale: Tensor | None = None,
         **tensors: Tensor,
     ) -> None:
+        # In inference mode linear_operator builds operators too, and from tensors that were made in it.
+        x1 = as_recordable(x1)
+        x2, rows1, rows2, scale = (None if t is None else as_recordable(t) for t in (x2, rows1, rows2, scale))
+        tensors = {name: as_recordable(tensor) for name, tensor in tensors.items()}
         shared = {"call": call, "layout": layout, "preflight": preflight, "settings": settings}
         optional = {"rows1": rows1, "rows2": rows2, "scale": scale}
         inputs = (x1,) if x2 is None else (x1, x2)
@@ -60,6 +65,7 @@ class KernelRepresentation(LinearOperator):  # type: ignore[misc]  # linear_oper
                 if not n.startswith(_PARAM)
             },
             buffer_names=frozenset(n.removeprefix(_BUFFER) for n in tensors if n.startswith(_BUFFER)),
+            is_widened=preflight.is_widened,
         )
         self._gramian = Gramian(
             settings.build(model, layout, preflight),
@@ -193,6 +199,23 @@ class KernelRepresentation(LinearOperator):  # type: ignore[misc]  # linear_oper
     def _map_tensors(self, change: Callable[[Tensor], Tensor]) -> Self:
         kwargs: dict[str, Any] = {n: change(v) if isinstance(v, Tensor) else v for n, v in self._kwargs.items()}
         return self.__class__(*(change(x) for x in self._args), **kwargs)
+
+    def _gradients_with_graph(self, form: Callable[[Gramian], Tensor]) -> tuple[Tensor | None, ...]:
+        """Differentiate a function of K in all tensors of the representation, so that it can be done again.
+
+        By plain autograd, on a view of each tensor: one tensor may be a function of another, and the gradient in that
+        one must not pass through it.
+
+        Cost: the graph of all examples at once.
+        """
+        with torch.enable_grad():
+            tensors = [t.view_as(t) if t.requires_grad else t for t in self.representation()]
+            value = form(self.representation_tree()(*tensors).gramian)
+            asked = [t for t in tensors if t.requires_grad]
+            if not (asked and value.requires_grad):
+                return (None,) * len(tensors)
+            found = iter(torch.autograd.grad(value, asked, create_graph=True, allow_unused=True))
+        return tuple(next(found) if t.requires_grad else None for t in tensors)
 
     def _gradients(self, differentiate: Callable[[set[str]], BilinearGradient]) -> tuple[Tensor | None, ...]:
         """Hand what was found by the names of the engine to the tensors that ask for a gradient."""

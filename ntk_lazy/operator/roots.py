@@ -19,9 +19,12 @@ from ntk_lazy.model import FunctionalModel
 from ntk_lazy.operator.deflation import root_of_pairs
 from ntk_lazy.operator.entries import block, entries
 from ntk_lazy.operator.job import column_costs
+from ntk_lazy.precision import ieee_precision
 from ntk_lazy.solves import COLUMNS_PER_RANK
+from ntk_lazy.threads import exclusive
 
 
+@ieee_precision()
 def randomised_root(kernel: Any, rank: int, *, right_hand_sides: int = 1) -> Tensor | None:
     """Approximate K by ``L Lᵀ`` with L of shape ``(*batch, n, rank)``, detached; None under a negative scale.
 
@@ -62,7 +65,7 @@ def _by_columns(kernel: Any, rank: int) -> Tensor:
     """Make a root of a kernel without a scale from its columns, within a series of them."""
     engine, side = kernel.gramian.engine, kernel.gramian.side1
     rows = torch.arange(side.num_rows, device=side.x.device)
-    with engine.aside(math.ceil(COLUMNS_PER_RANK * rank)):
+    with exclusive(), engine.aside(math.ceil(COLUMNS_PER_RANK * rank)):
         diagonal = entries(engine, side, side, rows, rows)
         return pivoted_root(lambda which: block(engine, side, side.select(which)), diagonal, rank)
 
@@ -96,6 +99,7 @@ def lanczos_inverse_root(operator: Any, initial_vectors: Tensor | None) -> Tenso
     return inverses
 
 
+@ieee_precision()
 def keep_pairs(kernel: Any, values: Tensor, vectors: Tensor) -> None:
     """Check eigenpairs of K, and keep their root.
 

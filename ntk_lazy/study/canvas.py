@@ -88,7 +88,12 @@ def steps_axis(axes: Axes, config: StudyConfig, *, label: bool = True) -> None:
 
 
 def log_axis(axes: Axes) -> None:
-    """Make the vertical axis logarithmic, with enough labels where it spans less than three decades."""
+    """Make the vertical axis logarithmic, with enough labels where it spans less than three decades.
+
+    An axis without a positive number, such as that of a kernel that is zero, stays as it is.
+    """
+    if not np.isfinite(axes.dataLim.minposy):
+        return
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     if high < low * 1e3:

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import itertools
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -97,6 +97,12 @@ class StudyConfig:
         return torch.float64 if self.dtype == "float64" else torch.float32
 
     @property
+    def num_parameters(self) -> int:
+        """P, weights and biases of the network."""
+        widths = (2, *[self.width] * (self.num_layers - 1), 1)
+        return sum((fan_in + 1) * fan_out for fan_in, fan_out in itertools.pairwise(widths))
+
+    @property
     def phases(self) -> tuple[tuple[int, int], ...]:
         """First and last-but-one step of each phase of constant learning rate."""
         edges = (0, *self.halvings, self.steps)
@@ -157,6 +163,11 @@ class StudyConfig:
                 raise ArgumentError(f"unknown setting {name!r}; {hint}")
             changes[name] = _coerce(name, value, like=fields[name].default)
         return dataclasses.replace(base, **changes)
+
+    def is_like(self, other: StudyConfig, *, but: Collection[str]) -> bool:
+        """Whether all settings but some agree, so that two studies compare."""
+        mine, theirs = self.to_dict(), other.to_dict()
+        return all(mine[n] == theirs[n] for n in mine if n not in but)
 
     def differences(self, other: StudyConfig) -> list[str]:
         """Say in words which settings differ, for the refusal to mix two studies in one folder."""

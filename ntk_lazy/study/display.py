@@ -48,10 +48,10 @@ class Lines:
         self._stream = stream
 
     def say(self, text: str) -> None:
-        """Write the line; a reader that has gone away is no reason to end a study."""
+        """Write the line; a reader that has gone away, or a full disk behind a pipe, is no reason to end a study."""
         try:
             print(text, file=self._stream, flush=True)
-        except BrokenPipeError:
+        except OSError:
             abandon(self._stream)
 
     def progress(self, step: int, loss: float) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import final
@@ -13,11 +15,13 @@ from linear_operator.operators import RootLinearOperator
 
 from ntk_lazy.alignment import kernel_distance
 from ntk_lazy.eigen import EigenResult
+from ntk_lazy.errors import ArgumentError
 from ntk_lazy.records import SpectrumRecord, read_records
 from ntk_lazy.study.config import StudyConfig
 from ntk_lazy.study.folder import StudyFolder
 from ntk_lazy.study.portrait import Portrait
 
+_LOG = logging.getLogger(__name__)
 _LATE_SHARE = 0.45
 
 
@@ -50,6 +54,8 @@ class Evidence:
         movement: How the kernel has turned, at every snapshot but the first.
         losses: Steps and training losses, finer than the snapshots.
         training_seconds: Wall time of the training alone.
+        unsaved: What the folder had no room for, in words.
+        others: Finished studies with other settings, for the claims that compare several.
     """
 
     config: StudyConfig
@@ -59,6 +65,8 @@ class Evidence:
     movement: tuple[Movement, ...] = ()
     losses: tuple[np.ndarray, np.ndarray] | None = None
     training_seconds: float = 0.0
+    unsaved: tuple[str, ...] = ()
+    others: tuple[Evidence, ...] = ()
 
     @classmethod
     def load(cls, folder: StudyFolder) -> Evidence:
@@ -75,7 +83,7 @@ class Evidence:
             records=records,
             before=portraits[0],
             after=portraits[1],
-            movement=tuple(_movement(folder.path, records)),
+            movement=movement_of(folder.path, records),
             losses=folder.read_losses(config),
             training_seconds=folder.read_training_seconds(),
         )
@@ -125,13 +133,23 @@ class Evidence:
         return np.array([p[0] for p in points]), np.array([p[1] for p in points])
 
 
-def _movement(folder: Path, records: tuple[SpectrumRecord, ...]) -> list[Movement]:
-    """Compare the kernels of the snapshots, each as the sum of the pairs that were kept of it."""
-    kept = [(r.step, EigenResult.load(folder / r.vectors)) for r in records if r.is_usable and r.vectors is not None]
-    return [
+def movement_of(folder: Path, records: Iterable[SpectrumRecord]) -> tuple[Movement, ...]:
+    """Compare the kernels of the snapshots, each as the sum of the pairs that were kept of it and can be read."""
+    kept = [(r.step, pairs) for r in records if r.is_usable and (pairs := _pairs_of(folder, r)) is not None]
+    return tuple(
         Movement(step, _distance(kept[0][1], pairs), _distance(before, pairs) / (step - step_before))
         for (step_before, before), (step, pairs) in itertools.pairwise(kept)
-    ]
+    )
+
+
+def _pairs_of(folder: Path, record: SpectrumRecord) -> EigenResult | None:
+    if record.vectors is None:
+        return None
+    try:
+        return EigenResult.load(folder / record.vectors)
+    except (OSError, ArgumentError, KeyError, ValueError, TypeError) as error:
+        _LOG.warning("the pairs of step %d cannot be read: %s", record.step, error)
+        return None
 
 
 def _distance(first: EigenResult, second: EigenResult) -> float:

@@ -10,10 +10,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from ntk_lazy.records import SpectrumRecord
+from ntk_lazy.study import findings
 from ntk_lazy.study.canvas import ACCENT, INK, MUTED, WARM, graded, log_axis, new_figure, steps_axis
 from ntk_lazy.study.evidence import Evidence
 
-_INDICES = (1, 5, 10, 20, 50, 100, 200, 500, 1000)
+INDICES = (1, 5, 10, 20, 50, 100, 200, 500, 1000)
 _SHARES = (1, 5, 20, 50, 100, 200, 500, 1000)
 _NAMES = {"target": "target  E(y, k)", "output": "output  E(f, k)", "residual": "residual  E(m, k)"}
 
@@ -24,27 +25,29 @@ def eigenvalues(evidence: Evidence) -> Figure:
     figure, axes = new_figure(6.4, 2, 1, sharex=True, height_ratios=[2.1, 1])
     upper, lower = axes[:, 0]
     steps = np.array([r.step for r in records])
-    indices = [i for i in _INDICES if i <= min(len(r.values) for r in records)]
+    curves = {i: np.array([_value(r, i) for r in records]) for i in INDICES}
+    indices = [i for i, values in curves.items() if np.isfinite(values).any()]
     for i, colour in zip(indices, graded(len(indices)), strict=True):
-        values = np.array([r.values[i - 1] for r in records])
+        values = curves[i]
         upper.plot(steps, values, "o-", color=colour)
+        last = np.flatnonzero(np.isfinite(values))[-1]
         upper.annotate(
-            f"λ$_{{{i}}}$", (steps[-1], values[-1]), (6, 0), textcoords="offset points", color=colour, va="center"
+            f"λ$_{{{i}}}$", (steps[last], values[last]), (6, 0), textcoords="offset points", color=colour, va="center"
         )
     edges = np.array([*[s for s, _ in config.phases], config.steps])
     bounds = [2 * config.num_points / config.lr_at(s) for s, _ in config.phases]
     upper.stairs(bounds, edges, baseline=None, color=WARM, linestyle="--", linewidth=1.6, label="stability bound 2N/δ")
     upper.set_yscale("log")
     upper.set_ylabel("eigenvalue of  K = J Jᵀ")
-    upper.set_title("Eigenvalues grow until the first meets the stability bound")
-    upper.legend(loc="lower right")
+    upper.set_title(findings.edge_title(evidence))
+    upper.legend(loc="best")
     steps_axis(upper, config, label=False)
     lower.axhspan(1.8, 2.5, color=WARM, alpha=0.10, linewidth=0, label="claim C6: mean in [1.8, 2.5]")
     lower.axhline(2, color=WARM, linestyle="--")
     lower.plot(*evidence.curve("stability"), "o-", color=INK)
     lower.set_ylabel("δ λ₁ / N")
     lower.set_ylim(0, None)
-    lower.legend(loc="lower right")
+    lower.legend(loc="best")
     steps_axis(lower, config)
     return figure
 
@@ -55,13 +58,15 @@ def energies_over_time(evidence: Evidence) -> Figure:
     shares = _available(evidence, _SHARES)
     for panel, (name, title) in zip(axes[:, 0], _NAMES.items(), strict=True):
         for k, colour in zip(shares, graded(len(shares)), strict=True):
-            panel.plot(*evidence.energy_curve(name, k), "o-", color=colour, label=f"k = {k}")
+            points = [(r.step, r.energy(name, k)) for r in evidence.usable if k <= r.num_trusted]
+            panel.plot([p[0] for p in points], [p[1] for p in points], "o-", color=colour, label=f"k = {k}")
         panel.set_title(title)
         panel.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         panel.set_ylabel("relative energy")
         panel.set_ylim(-0.03, 1.03)
         steps_axis(panel, evidence.config, label=panel is axes[-1, 0])
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(shares))
+    if shares:
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(shares))
     return figure
 
 
@@ -94,16 +99,19 @@ def spectra(evidence: Evidence) -> Figure:
     for record, colour in zip(chosen, graded(len(chosen), name="plasma"), strict=True):
         values, residuals = np.array(record.values), np.array(record.residual_norms)
         index = np.arange(1, len(values) + 1)
-        left.plot(index, values, color=colour, label=f"step {record.step:,}")
-        left.axhline(record.noise_floor * values[0], color=colour, linestyle=":", linewidth=1)
-        # A kernel of low rank has values that round to zero or below, and no relative residual there.
-        positive = values > 0
-        right.plot(index[positive], residuals[positive] / values[positive], color=colour)
+        above = ~np.array(record.is_below_noise)
+        left.plot(index[above], values[above], color=colour, label=f"step {record.step:,}")
+        if values[0] > 0:
+            left.axhline(record.noise_floor * values[0], color=colour, linestyle=":", linewidth=1)
+        # What lies below the floor is no eigenvalue, and has no relative residual.
+        above &= values > 0
+        right.plot(index[above], residuals[above] / values[above], color=colour)
     for panel in (left, right):
-        panel.set_xscale("log")
-        panel.set_yscale("log")
+        if np.isfinite(panel.dataLim.minposy):
+            panel.set_xscale("log")
+            panel.set_yscale("log")
         panel.set_xlabel("index  i")
-    left.set_title("Spectrum  (dotted: measured noise floor)")
+    left.set_title("Spectrum above the measured noise floor  (dotted)")
     left.set_ylabel("eigenvalue  λᵢ")
     right.axhline(evidence.config.rtol, color=WARM, linestyle="--", label="tolerance")
     right.set_title("Residual of each pair")
@@ -146,8 +154,14 @@ def scalars(evidence: Evidence) -> Figure:
     return figure
 
 
+def _value(record: SpectrumRecord, i: int) -> float:
+    """Return λ_i, or NaN where there is none that can be told from zero."""
+    known = i <= len(record.values) and record.values[i - 1] > 0 and not record.is_below_noise[i - 1]
+    return record.values[i - 1] if known else np.nan
+
+
 def _available(evidence: Evidence, wanted: tuple[int, ...]) -> list[int]:
-    most = max(len(r.values) for r in evidence.usable)
+    most = max(r.num_trusted for r in evidence.usable)
     return [k for k in wanted if k <= most]
 
 

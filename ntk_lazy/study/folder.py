@@ -11,8 +11,9 @@ from typing import Any, final
 import numpy as np
 
 from ntk_lazy.errors import ArgumentError
+from ntk_lazy.folder_lock import LOCK_NAME, FolderLock
 from ntk_lazy.study.config import StudyConfig
-from ntk_lazy.study.training import loss_stride, read_tensors
+from ntk_lazy.study.training import known_losses, read_tensors
 
 
 @final
@@ -71,6 +72,47 @@ class StudyFolder:
         """The table of claims as JSON."""
         return self.path / "claims.json"
 
+    def check(self, config: StudyConfig) -> bool:
+        """Say whether a study with these settings may be kept here, without writing anything.
+
+        Returns:
+            Whether there is one already, so that it resumes.
+
+        Raises:
+            ArgumentError: The folder belongs to a study with other settings, or to something else, or there can be none
+                of this name.
+        """
+        try:
+            if self.path.exists() and not self.path.is_dir():
+                raise ArgumentError(f"{self.path} is a file; choose another folder.")
+            if self.settings.exists():
+                differences = self.read_config().differences(config)
+                if differences:
+                    raise ArgumentError(
+                        f"{self.path} holds a study with other settings: {', '.join(differences)}. Choose another "
+                        "folder, or give the settings of that study to resume it."
+                    )
+                return True
+            if self.path.exists() and any(p.name != LOCK_NAME for p in self.path.iterdir()):
+                raise ArgumentError(f"{self.path} is not empty and holds no study; choose another folder.")
+        except OSError as error:
+            raise ArgumentError(f"cannot use the folder {self.path}: {error.strerror}.") from error
+        return False
+
+    def make(self) -> FolderLock:
+        """Make the folder if need be, and keep other processes out of it until what is returned is released.
+
+        Raises:
+            ArgumentError: It cannot be made, or another process runs a study there.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ArgumentError(f"cannot write to {self.path}: {error.strerror}.") from error
+        lock = FolderLock(self.path)
+        lock.hold()
+        return lock
+
     def claim(self, config: StudyConfig) -> bool:
         """Make the folder that of a study with these settings.
 
@@ -80,18 +122,8 @@ class StudyFolder:
         Raises:
             ArgumentError: It belongs to a study with other settings, or to something else.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise ArgumentError(f"{self.path} is a file; choose another folder.")
-        if self.settings.exists():
-            differences = self.read_config().differences(config)
-            if differences:
-                raise ArgumentError(
-                    f"{self.path} holds a study with other settings: {', '.join(differences)}. Choose another folder, "
-                    "or give the settings of that study to resume it."
-                )
+        if self.check(config):
             return True
-        if self.path.exists() and any(self.path.iterdir()):
-            raise ArgumentError(f"{self.path} is not empty and holds no study; choose another folder.")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             write_text(self.settings, json.dumps(config.to_dict(), indent=2) + "\n")
@@ -115,9 +147,7 @@ class StudyFolder:
         """Read steps and training losses up to the checkpoint; None before there is one."""
         if not self.checkpoint.exists():
             return None
-        losses = read_tensors(self.checkpoint)[0]["losses"].numpy()
-        known = np.isfinite(losses)
-        return np.arange(len(losses))[known] * loss_stride(config), losses[known]
+        return known_losses(read_tensors(self.checkpoint)[0]["losses"].numpy(), config)
 
     def read_training_seconds(self) -> float:
         """Read the wall time that the training has taken so far, interruptions not counted."""

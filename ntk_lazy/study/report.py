@@ -59,7 +59,7 @@ def _render(
         title=f"Neural spectrum alignment on {Path(config.image).name}",
         summary=_summary(config),
         unfinished="" if evidence.is_finished else f"This study has not ended: {done} of {wanted} snapshots are there.",
-        failures=[f"Step {r.step:,}: no spectrum. {r.message}" for r in evidence.records if not r.is_usable],
+        failures=[note for r in evidence.records if (note := _failure(r))],
         numbers=_numbers(evidence, claims, k),
         claims=claims,
         figures=sections,
@@ -111,11 +111,21 @@ def _numbers(evidence: Evidence, claims: list[Claim], k: int) -> list[dict[str, 
                 "value": f"{first.energy('target', k):.2f} → {last.energy('target', k):.2f}",
                 "label": f"of the target in the top {k} eigenvectors",
             },
-            {"value": f"{last.values[0] / first.values[0]:.1f} ×", "label": "growth of the largest eigenvalue"},
-            {"value": f"{last.scalar('loss'):.4f}", "label": "training loss at the end"},
+            {"value": _ratio(first, last), "label": f"largest eigenvalue, step {last.step:,} to step {first.step:,}"},
+            {"value": f"{last.scalar('loss'):.4f}", "label": f"training loss at step {last.step:,}"},
             {"value": f"{worst:.0e}", "label": "largest relative residual of any pair"},
         ]
     return found
+
+
+def _ratio(first: SpectrumRecord, last: SpectrumRecord) -> str:
+    return f"{last.values[0] / first.values[0]:.2g} ×" if first.values[0] > 0 else "–"
+
+
+def _failure(record: SpectrumRecord) -> str:
+    if not record.is_usable:
+        return f"Step {record.step:,}: no spectrum. {record.message}"
+    return f"Step {record.step:,}: not measured: {record.failures_in_words}" if record.failures else ""
 
 
 def _times(evidence: Evidence) -> str:

@@ -12,6 +12,9 @@ from ntk_lazy.study.config import MIN_STEPS_FOR_EARLY_CLAIM
 from ntk_lazy.study.evidence import Evidence
 
 _LONG_PHASE = 5_000
+_DEPTHS = (2, 3, 4, 6)
+_SAME_SIZE = 0.05
+_WIDE = 1_000
 
 Finding: TypeAlias = tuple[str, bool]
 Rule: TypeAlias = Callable[[Evidence], Finding]
@@ -170,13 +173,45 @@ def first_order(evidence: Evidence) -> Finding:
     return f"median error {error:.3f}, cosine {cosine:.4f}", error <= 0.15 and cosine >= 0.98
 
 
-def other_runs(what: str) -> Rule:
-    """C12, C14, C17: one run cannot say."""
+def deeper_aligns_more(evidence: Evidence) -> Finding:
+    """C12: at equal P and steps, deeper networks align more."""
+    config = evidence.config
+    found: dict[int, Evidence] = {}
+    for run in _runs(evidence):
+        same_size = abs(run.config.num_parameters / config.num_parameters - 1) <= _SAME_SIZE
+        if same_size and run.config.is_like(config, but=("num_layers", "width")):
+            found.setdefault(run.config.num_layers, run)
+    if not found.keys() >= set(_DEPTHS):
+        raise UndecidedError("needs other runs: 2, 3, 4 and 6 layers with as many parameters")
+    energies = [_energy_at(found[depth], config.steps, "target", 20) for depth in _DEPTHS]
+    text = ", ".join(f"{depth} layers {energy:.3f}" for depth, energy in zip(_DEPTHS, energies, strict=True))
+    return text, all(deeper >= flatter + 0.03 for flatter, deeper in itertools.pairwise(energies))
 
-    def decide(evidence: Evidence) -> Finding:
-        raise UndecidedError(f"needs other runs: {what}")
 
-    return decide
+def lazy_does_not_align(evidence: Evidence) -> Finding:
+    """C14: a wide network of two layers is lazy, and does not align."""
+    run = next((r for r in _runs(evidence) if r.config.num_layers == 2 and r.config.width >= _WIDE), None)
+    if run is None:
+        raise UndecidedError(f"needs other runs: 2 layers of width {_WIDE:,} or more")
+    start, end = (_energy_at(run, step, "target", 20) for step in (0, run.config.steps))
+    turned = max((m.from_start for m in run.movement), default=math.nan)
+    _need(turned)
+    return f"S at most {turned:.2f}; E(y,20) {start:.3f} → {end:.3f}", turned <= 0.2 and abs(end - start) < 0.1
+
+
+def plateau_is_inverse(evidence: Evidence) -> Finding:
+    """C17: the plateau of lambda_1 is inversely proportional to the learning rate."""
+    config = evidence.config
+    like = [r for r in _runs(evidence) if r.config.is_like(config, but=("lr",))]
+    pairs = [(a, b) for a in like for b in like if math.isclose(a.config.lr, 4 * b.config.lr)]
+    if not pairs:
+        raise UndecidedError("needs other runs: a quarter of lr")
+    fast, slow = (_mean(r.values[0] for r in run.late(0)) for run in pairs[0])
+    return f"λ₁ {fast:.3g} and {slow:.3g}: ratio {slow / fast:.2f}", 3 <= slow / fast <= 5
+
+
+def _runs(evidence: Evidence) -> list[Evidence]:
+    return [evidence, *(other for other in evidence.others if other.is_finished)]
 
 
 def kernel_slows(evidence: Evidence) -> Finding:
@@ -211,18 +246,22 @@ def position_falls(evidence: Evidence) -> Finding:
     return f"{peak:.3f} → {edge:.3f} → {after:.1e}", peak >= 3 * edge and edge >= 50 * after
 
 
-def alignment_declines(evidence: Evidence) -> Finding:
-    """C18: kernel-target alignment is no substitute."""
-    curve = [(r.scalar("kernel_target_alignment"), r) for r in evidence.usable]
-    _need(*(value for value, _ in curve))
-    if not curve:
+def alignment_disagrees(evidence: Evidence) -> Finding:
+    """C18: kernel-target alignment orders checkpoints differently."""
+    name = "kernel_target_alignment"
+    curve = [(r.energy("target", 20), r.scalar(name), r.errors.get(name, 0.0), r.step) for r in evidence.usable]
+    _need(*(v for point in curve for v in point[:2]))
+    if len(curve) < 2:
         raise UndecidedError("needs snapshots")
-    peak, at_peak = max(curve, key=lambda pair: pair[0])
-    behind = [r for _, r in curve if r.step >= at_peak.step]
-    kept = min(r.energy("target", 20) for r in behind)
-    _need(kept)
-    text = f"peak {peak:.3f} at step {at_peak.step:,}, end {curve[-1][0]:.3f}; E(y,20) ≥ {kept:.3f}"
-    return text, curve[-1][0] <= 0.9 * peak and kept >= 0.85
+    apart, worst = 0, (1.0, "")
+    for a, b in itertools.combinations(sorted(curve), 2):  # b holds as much of the target or more
+        ratio = b[1] / a[1] if a[1] > 0 else math.inf
+        if b[0] >= a[0] + 0.01 and ratio <= 0.9 and a[1] - b[1] > 2 * math.hypot(a[2], b[2]):
+            apart += 1
+            energies, values = f"{a[0]:.3f} → {b[0]:.3f}", f"{a[1]:.3f} → {b[1]:.3f}"
+            worst = min(worst, (ratio, f"; from step {a[3]:,} to {b[3]:,} E(y,20) {energies}, alignment {values}"))
+    count = math.comb(len(curve), 2)
+    return f"{apart} of {count} pairs of snapshots are ordered oppositely{worst[1]}", apart > 0
 
 
 def frequency_order(evidence: Evidence) -> Finding:

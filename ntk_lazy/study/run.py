@@ -6,20 +6,23 @@ import json
 import os
 import platform
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import final
 
 import torch
 from torch import nn
 
-from ntk_lazy.errors import ArgumentError, NTKLazyError
+from ntk_lazy.errors import ArgumentError
 from ntk_lazy.records import SpectrumRecord, versions
+from ntk_lazy.setbacks import SETBACKS, is_setback
 from ntk_lazy.study.config import StudyConfig, check_device
 from ntk_lazy.study.display import Display, Silent, describe
-from ntk_lazy.study.evidence import Evidence
+from ntk_lazy.study.evidence import Evidence, movement_of
 from ntk_lazy.study.folder import StudyFolder, write_text
 from ntk_lazy.study.network import build_network
-from ntk_lazy.study.portrait import draw_portrait
+from ntk_lazy.study.portrait import Portrait, draw_portrait
 from ntk_lazy.study.target import Target
 from ntk_lazy.study.training import Training
 from ntk_lazy.tracker import SpectrumTracker
@@ -32,7 +35,8 @@ def run_study(config: StudyConfig, folder: Path, *, display: Display | None = No
     """Train, track the spectrum, and draw the portraits that the report needs.
 
     A study that was interrupted, by Ctrl-C or by the end of its process, goes on from its last checkpoint, at
-    most ten seconds of training or one snapshot back, and ends as it would have ended.
+    most ten seconds of training or one snapshot back, and ends as it would have ended. A disk that is full ends it
+    no more: what could not be written is kept in memory, tried again, and named in the evidence.
 
     Args:
         config: The settings.
@@ -40,25 +44,32 @@ def run_study(config: StudyConfig, folder: Path, *, display: Display | None = No
         display: Who is told how far it is.
 
     Returns:
-        What was measured; the same as ``Evidence.load``.
+        What was measured; the same as ``Evidence.load`` where all of it could be written.
 
     Raises:
-        ArgumentError: The settings cannot be met here, or the folder is not theirs. Nothing is written then.
+        ArgumentError: The settings cannot be met here, the folder is not theirs, or another process runs a study in
+            it. Nothing is written then.
         DivergedError: The training has diverged.
     """
     check_device(config.device)
     target = Target.of(config)
     place = StudyFolder(folder)
+    place.check(config)
     display = Silent() if display is None else display
-    is_resumed = place.claim(config)
-    display.say(f"study in {folder}: {config.steps:,} steps, {len(config.snapshot_steps())} snapshots")
-    run = _Run(config, place, target, display)
-    if is_resumed:
-        run.resume()
-    else:
-        write_text(place.environment, json.dumps(describe_environment(), indent=2) + "\n")
-    run.finish()
-    return Evidence.load(place)
+    lock = place.make()
+    try:
+        is_resumed = place.claim(config)
+        display.say(f"study in {folder}: {config.steps:,} steps, {len(config.snapshot_steps())} snapshots")
+        run = _Run(config, place, target, display)
+        try:
+            if is_resumed:
+                run.resume()
+            run.finish()
+            return run.evidence()
+        finally:
+            run.close()
+    finally:
+        lock.release()
 
 
 def describe_environment() -> dict[str, object]:
@@ -93,6 +104,9 @@ class _Run:
             seed=config.seed,
         )
         self._saved_at = time.monotonic()
+        self._portraits: dict[Path, Portrait] = {}
+        # Why each file that is to be there is not.
+        self._unwritten: dict[Path, str] = {}
 
     def resume(self) -> None:
         """Go on from the checkpoint, if the interruption left one."""
@@ -109,6 +123,9 @@ class _Run:
 
     def finish(self) -> None:
         """Take all steps and snapshots that are left."""
+        if not self._place.environment.exists():
+            text = json.dumps(describe_environment(), indent=2) + "\n"
+            self._write(self._place.environment, lambda: write_text(self._place.environment, text))
         for step in self._config.snapshot_steps():
             if step < self._training.step:
                 continue
@@ -117,8 +134,30 @@ class _Run:
                 lr = self._config.lr_at(step)
                 record = self._tracker.record(self._model, step, lr=lr, target=self._target.train_y)
                 self._display.say(describe(record))
+                if self._tracker.unsaved:
+                    self._display.say(f"step {step:>7,}  no room to write this snapshot; it is kept in memory")
             self._draw(step)
             self._save()
+
+    def evidence(self) -> Evidence:
+        """Gather what was measured, from memory where the folder had no room for it."""
+        records = tuple(sorted(self._tracker.records, key=lambda r: r.step))
+        lost = [f"the snapshot of step {r.step:,}" for r in self._tracker.unsaved]
+        lost += [f"the eigenpairs of step {r.step:,}" for r in records if "vectors" in r.failures]
+        return Evidence(
+            config=self._config,
+            records=records,
+            before=self._portrait(self._place.before),
+            after=self._portrait(self._place.after),
+            movement=movement_of(self._place.path, records),
+            losses=self._training.curve,
+            training_seconds=self._training.seconds,
+            unsaved=(*lost, *(f"{path.name} ({why})" for path, why in self._unwritten.items())),
+        )
+
+    def close(self) -> None:
+        """Let another process have the folder."""
+        self._tracker.close()
 
     def _train_to(self, step: int) -> None:
         while self._training.step < step:
@@ -128,8 +167,24 @@ class _Run:
                 self._save()
 
     def _save(self) -> None:
-        self._training.save(self._place.checkpoint)
+        # Not beyond a snapshot that is in memory alone: a resumed study could not take it again.
+        if not self._tracker.unsaved:
+            self._write(self._place.checkpoint, lambda: self._training.save(self._place.checkpoint))
+        for path, portrait in self._portraits.items():
+            if path in self._unwritten:
+                self._write(path, partial(portrait.save, path))
         self._saved_at = time.monotonic()
+
+    def _write(self, path: Path, write: Callable[[], None]) -> None:
+        """Write a file; that there is no room for it is said once, and is no reason to end the training."""
+        try:
+            write()
+        except OSError as error:
+            if path not in self._unwritten:
+                self._display.say(f"cannot write {path}: {error.strerror or error}; the study goes on")
+            self._unwritten[path] = str(error.strerror or error)
+        else:
+            self._unwritten.pop(path, None)
 
     def _draw(self, step: int) -> None:
         """Draw the portrait of the first or of the last network, unless there is one or no spectrum to draw from."""
@@ -140,10 +195,20 @@ class _Run:
         assert pairs is not None
         self._display.say(f"step {step:>7,}  eigenfunctions on {self._target.picture.size:,} pixels")
         try:
-            draw_portrait(self._model, pairs, self._target, self._config, step=step).save(path)
-        except NTKLazyError as error:
+            portrait = draw_portrait(self._model, pairs, self._target, self._config, step=step)
+        except SETBACKS as error:
+            if not is_setback(error):
+                raise
             # Pictures are the least of a study: its spectra must not be lost for want of them.
             self._display.say(f"step {step:>7,}  no portrait: {error}")
+        else:
+            self._portraits[path] = portrait
+            self._write(path, partial(portrait.save, path))
+
+    def _portrait(self, path: Path) -> Portrait | None:
+        if path in self._portraits:
+            return self._portraits[path]
+        return Portrait.load(path) if path.exists() else None
 
     def _record_of(self, step: int) -> SpectrumRecord:
         return next(r for r in self._tracker.records if r.step == step)

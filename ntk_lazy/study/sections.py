@@ -8,7 +8,7 @@ from typing import final
 
 from matplotlib.figure import Figure
 
-from ntk_lazy.study import figures, pictures
+from ntk_lazy.study import figures, findings, pictures
 from ntk_lazy.study.evidence import Evidence
 from ntk_lazy.study.target import Target
 
@@ -40,7 +40,11 @@ def sections_of(evidence: Evidence) -> Iterator[Section]:
         target = Target.of(config)
         yield Section(
             "What was learned",
-            "The network sees a few thousand pixels; here it is evaluated on all of them.",
+            _text(
+                f"The network sees {config.num_points:,} pixels; here it is evaluated on all "
+                f"{target.picture.size:,} of them.",
+                findings.learned(evidence),
+            ),
             (
                 Image(
                     "learning",
@@ -53,16 +57,21 @@ def sections_of(evidence: Evidence) -> Iterator[Section]:
         return
     yield Section(
         "Eigenvalues and the edge of stability",
-        "Gradient descent with a constant kernel is stable while λ₁ < 2N/δ. The largest eigenvalue climbs to "
-        "that bound and stays "
-        "there, and the others keep growing; when δ is halved, the bound doubles and λ₁ sets off again.",
+        _text(
+            "Gradient descent with a constant kernel is stable while λ₁ < 2N/δ.",
+            findings.edge(evidence),
+            findings.others_grew(evidence, figures.INDICES),
+            findings.halvings(evidence),
+        ),
         (Image("eigenvalues", "Eigenvalues, and δλ₁/N, at each snapshot.", lambda: figures.eigenvalues(evidence)),),
     )
     yield Section(
         "Alignment",
-        "E(φ, k) is the share of ‖φ‖² in the span of the first k eigenvectors. It is cumulative on purpose: "
-        "at the edge of stability "
-        "neighbouring eigenvectors turn into one another from step to step, and a single one means little.",
+        _text(
+            "E(φ, k) is the share of ‖φ‖² in the span of the first k eigenvectors. It is cumulative on purpose: "
+            "eigenvectors of close eigenvalues turn into one another from step to step, and a single one means little.",
+            findings.alignment(evidence),
+        ),
         (
             Image("energies-over-time", "Energies over time.", lambda: figures.energies_over_time(evidence)),
             Image(
@@ -86,10 +95,18 @@ def sections_of(evidence: Evidence) -> Iterator[Section]:
     )
     yield Section(
         "How well the pairs are known",
-        "An eigenvalue is exact to about the square of its relative residual, an eigenvector to its residual "
-        "over the gap.",
+        _text(
+            "An eigenvalue is exact to about the square of its relative residual, an eigenvector to its residual over "
+            "the gap.",
+            findings.certainty(evidence),
+        ),
         (Image("spectra", "Spectra and residuals.", lambda: figures.spectra(evidence)),),
     )
+
+
+def _text(*sentences: str) -> str:
+    """Join what there is to say."""
+    return " ".join(s for s in sentences if s)
 
 
 def _portrait_sections(evidence: Evidence) -> Iterator[Section]:
@@ -98,10 +115,11 @@ def _portrait_sections(evidence: Evidence) -> Iterator[Section]:
         return
     yield Section(
         "Eigenfunctions",
-        "Eigenvectors live on the training points; ψ(x) = J(x) w / √λ extends them to every pixel. Before "
-        "training they are cones around "
-        "the centre, as a homogeneous network without biases must have them. After it they carry the outlines "
-        "of the picture.",
+        _text(
+            "Eigenvectors live on the training points; ψ(x) = J(x) w / √λ extends them to every pixel. Before training "
+            "each is a straight line along every ray from the centre, as with biases of zero it must be.",
+            findings.eigenfunctions(before, after),
+        ),
         (
             Image("eigenfunctions-before", "Before training.", lambda: pictures.eigenfunctions(before)),
             Image("eigenfunctions-after", "After training.", lambda: pictures.eigenfunctions(after)),
@@ -109,9 +127,7 @@ def _portrait_sections(evidence: Evidence) -> Iterator[Section]:
     )
     yield Section(
         "Frequencies",
-        "Radial power spectra on a grid of 64 × 96 points. Eigenfunctions are ordered from low to high "
-        "frequency, and what is left of the "
-        "residual moves up.",
+        _text("Radial power spectra on a grid of 64 × 96 points.", findings.frequencies(before, after)),
         (Image("frequencies", "Radial spectra.", lambda: pictures.frequencies(before, after)),),
     )
     yield Section(

@@ -126,7 +126,11 @@ def load_picture(name: str) -> Picture:
 
 
 def _read_file(path: Path) -> NDArray[np.float64]:
-    if not path.is_file():
+    try:
+        is_file = path.is_file()
+    except OSError:  # such as a name that is too long
+        is_file = False
+    if not is_file:
         raise ArgumentError(
             f"no picture {path}: neither a sample (flower.jpg, china.jpg, analytic) nor an existing file."
         )

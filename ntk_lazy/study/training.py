@@ -7,8 +7,10 @@ import time
 from pathlib import Path
 from typing import Any, final
 
+import numpy as np
 import torch
 from jaxtyping import Float
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -23,6 +25,13 @@ _CURVE_POINTS = 2_000
 def loss_stride(config: StudyConfig) -> int:
     """Return how many steps lie between two losses that are kept."""
     return max(1, config.steps // _CURVE_POINTS)
+
+
+def known_losses(losses: NDArray[np.float64], config: StudyConfig) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Return the steps and values of the losses that are not still to come."""
+    known = np.isfinite(losses)
+    steps = np.arange(len(losses), dtype=np.int64) * loss_stride(config)
+    return steps[known], losses[known]
 
 
 class DivergedError(NTKLazyError):
@@ -52,6 +61,11 @@ class Training:
         self.losses = torch.full((config.steps // self.stride + 1,), torch.nan, dtype=torch.float64)
         self._x, self._y, self._config = x, y, config
         self._params = list(model.parameters())
+
+    @property
+    def curve(self) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """Steps and training losses so far."""
+        return known_losses(self.losses.numpy(), self._config)
 
     @property
     def last_loss(self) -> float:
@@ -124,12 +138,18 @@ class Training:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], *, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file under a temporary name and rename it into place."""
+    """Write a safetensors file under a temporary name and rename it into place.
+
+    Raises:
+        OSError: It cannot be written, such as on a full disk; an old file is as it was.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         save_file({n: t.contiguous() for n, t in tensors.items()}, temporary, metadata=metadata)
         temporary.replace(path)
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
     finally:
         temporary.unlink(missing_ok=True)
 

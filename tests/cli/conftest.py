@@ -34,6 +34,24 @@ def number():
 def batch_coupled():
     return nn.Sequential(nn.Linear(3, 4), Centred())
 
+def ends():
+    raise SystemExit(0)
+
+def ends_late():
+    return Ending()
+
+class Ending(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 1)
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        if self.calls > 1:
+            raise SystemExit
+        return self.layer(x)
+
 class Centred(nn.Module):
     def forward(self, x):
         return x - x.mean(0)
@@ -56,6 +74,8 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     bad = generator.normal(size=(30, 3))
     bad[4, 1] = np.nan
     np.save("nan.npy", bad)
+    np.save("labels.npy", np.arange(30) % 2)
+    (tmp_path / "quits.py").write_text("import sys; sys.exit('no')")
     np.save("words.npy", np.array(["a", "b"]))
     np.save("empty.npy", np.zeros((0, 3)))
     (tmp_path / "text.npy").write_text("not an array")
@@ -76,4 +96,5 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     (tmp_path / "full" / "thesis.tex").write_text("precious")
     monkeypatch.delitem(sys.modules, "mynet", raising=False)
     yield tmp_path
-    sys.modules.pop("mynet", None)
+    for name in ("mynet", "quits"):
+        sys.modules.pop(name, None)

@@ -6,9 +6,11 @@ import io
 import re
 import sys
 
+import numpy as np
 import pytest
 import torch
 from commands import SPECTRUM, data, listing, replaced, run_process, trained
+from full_disk import no_file_beyond
 from oracle import dense_jacobian
 from torch import nn
 
@@ -75,6 +77,14 @@ def test_without_a_number_of_pairs_there_are_no_more_than_rows(workplace, capsys
     assert len(record.values) == 30
 
 
+def test_what_could_not_be_measured_is_printed_with_its_reason(workplace, capsys):
+    np.save("zeros.npy", np.zeros((30, 2)))
+    assert main([*SPECTRUM, "--target", "zeros.npy"]) == 0
+    out = capsys.readouterr().out
+    assert "not measured: the target is zero (energies.target, kernel_target_alignment)\n" in out
+    assert "energy of the output" in out
+
+
 def test_values_below_the_noise_floor_are_marked(workplace, capsys):
     # One linear layer on three features and a constant: the kernel of one output has four values, the rest is rounding.
     assert main([*replaced("--model", "mynet:linear"), "-k", "10", "--solver", "dense"]) in (0, 1)
@@ -116,6 +126,37 @@ def test_output_that_nobody_reads_ends_quietly_with_its_work_done(workplace, mon
     assert main(SPECTRUM) == 141
     assert capsys.readouterr().err == ""
     assert (workplace / "out" / "spectrum.jsonl").is_file()
+
+
+def test_a_standard_output_without_room_is_one_line_with_exit_code_one_and_the_work_is_done(
+    workplace, monkeypatch, capsys
+):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert main(SPECTRUM) == 1
+    assert capsys.readouterr().err == "ntk-lazy: error: cannot write to standard output: No space left on device\n"
+    assert len(read_records(workplace / "out" / "spectrum.jsonl")) == 1
+
+
+@pytest.mark.parametrize("room", [0, 1_000])
+def test_a_spectrum_that_finds_no_room_is_printed_and_one_line_says_why_it_is_not_there(workplace, capsys, room):
+    before = listing(workplace)
+    with no_file_beyond(room):
+        assert main(SPECTRUM) == 1
+    out, err = capsys.readouterr()
+    assert "5 eigenpairs of 60 rows: converged" in out
+    assert "written to" not in out
+    assert err.count("\n") == 1
+    assert err.startswith("ntk-lazy: error: nothing could be written to out (")
+    assert listing(workplace) == before
+
+
+def test_a_model_that_ends_the_process_does_not_pass_for_success(workplace, capsys):
+    for command in ("spectrum", "doctor"):
+        out = ["--out", "out"] if command == "spectrum" else []
+        assert main([command, "--model", "mynet:ends_late", "--data", "x.npy", *out]) == 1
+        assert capsys.readouterr() == ("", "ntk-lazy: error: the model called sys.exit()\n")
+    assert not (workplace / "out").exists()
 
 
 def test_explain_says_what_a_product_would_take_and_multiplies_nothing(workplace, capsys):

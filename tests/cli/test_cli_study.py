@@ -8,7 +8,9 @@ import sys
 import time
 
 import pytest
-from commands import TINY
+from commands import TINY, listing
+from full_disk import no_file_beyond
+from test_folder_lock import another_process
 
 from ntk_lazy.cli import main
 from ntk_lazy.records import read_records
@@ -38,7 +40,7 @@ def test_a_study_writes_its_report_and_its_command_resumes_it(workplace, monkeyp
     assert "C11" in out
     records = (workplace / "out" / "spectrum.jsonl").read_bytes()
     (workplace / "out" / "report.html").unlink()
-    assert main(["report", "out"]) == 0
+    assert main(["report", "out", "--compare", "out"]) == 0
     assert (workplace / "out" / "report.html").is_file()
     assert "report: out/report.html" in capsys.readouterr().out
     monkeypatch.setattr("ntk_lazy.study.report.write_report", lambda evidence, folder: folder.report)
@@ -104,3 +106,51 @@ def test_ctrl_c_ends_a_study_with_130_and_says_how_to_go_on(workplace, monkeypat
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     assert "same command" in err
+
+
+@pytest.mark.slow
+def test_a_study_on_a_full_disk_judges_what_it_measured_and_its_command_goes_on_when_there_is_room(
+    workplace, monkeypatch, capsys
+):
+    with no_file_beyond(2_000):
+        assert main(["study", *TINY, "--out", "out"]) == 1
+    out, err = capsys.readouterr()
+    assert out.count("no room to write this snapshot") == 3
+    assert "C11  pass" in out or "C11  fail" in out
+    assert err.count("\n") == 1
+    assert "the report cannot be written" in err
+    assert "the snapshot of step 20" in err
+    assert not (workplace / "out" / "checkpoint.safetensors").exists()
+    monkeypatch.setattr("ntk_lazy.study.report.write_report", lambda evidence, folder: folder.report)
+    assert main(["study", *TINY, "--out", "out"]) == 0
+    assert [r.step for r in read_records(workplace / "out" / "spectrum.jsonl")] == [0, 9, 20]
+
+
+@pytest.mark.slow
+def test_pairs_of_a_study_that_cannot_be_read_cost_neither_its_resumption_nor_its_report(
+    workplace, monkeypatch, capsys
+):
+    with monkeypatch.context() as patch:
+        patch.setattr("ntk_lazy.study.report.write_report", lambda evidence, folder: folder.report)
+        assert main(["study", *TINY, "--out", "out"]) == 0
+    _, second, third = sorted((workplace / "out" / "vectors").iterdir())
+    second.write_bytes(second.read_bytes()[:-10])
+    third.unlink()
+    lines = (workplace / "out" / "spectrum.jsonl").read_text()
+    # As two studies at once would once have left them.
+    (workplace / "out" / "spectrum.jsonl").write_text(lines + lines)
+    assert main(["report", "out"]) == 0
+    monkeypatch.setattr("ntk_lazy.study.report.write_report", lambda evidence, folder: folder.report)
+    assert main(["study", *TINY, "--out", "out"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_a_second_study_in_a_folder_is_refused_by_the_number_of_the_first_and_writes_nothing(workplace, capsys):
+    (workplace / "out").mkdir()
+    with another_process(workplace / "out") as other:
+        before = listing(workplace)
+        assert main(["study", *TINY, "--out", "out"]) == 2
+        assert listing(workplace) == before
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert f"in use by process {other.pid}" in err

@@ -9,7 +9,25 @@ from commands import SPECTRUM, TINY, listing, replaced
 
 from ntk_lazy.cli import main
 
+LONG = "x" * 300  # no file system takes it
+
 WRONG = {
+    "data of too long a name": (replaced("--data", LONG), "--data: cannot read x+: .*too long"),
+    "a target of too long a name": ([*SPECTRUM, "--target", LONG], "--target: cannot read x+: .*too long"),
+    "weights of too long a name": ([*SPECTRUM, "--weights", LONG], "--weights: cannot read x+: .*too long"),
+    "a folder of too long a name": (replaced("--out", LONG), "cannot write to x+: .*too long"),
+    "a folder in one of too long a name": (replaced("--out", f"{LONG}/out"), "cannot write to x+/out: .*too long"),
+    "a study of too long a name": (["study", *TINY, "--out", LONG], "cannot use the folder x+: .*too long"),
+    "a report of too long a name": (["report", LONG], "cannot read x+"),
+    "a configuration of too long a name": (["study", "--config", LONG, "--out", "out"], "cannot read .*too long"),
+    "a picture of too long a name": (["study", "--image", LONG, "--out", "out"], "no picture"),
+    "a folder in a file": (replaced("--out", "x.npy/out"), "cannot write to x.npy/out: .*Not a directory"),
+    "a module that ends the process": (
+        replaced("--model", "quits:build"),
+        r"'quits': .*sys.exit\('no'\)",
+    ),
+    "a factory that ends the process": (replaced("--model", "mynet:ends"), r"mynet:ends\(\) failed: .*sys.exit\(0\)"),
+    "labels of classes for a target": ([*SPECTRUM, "--target", "labels.npy"], r"labels of classes.*numpy.eye\(C\)"),
     "no such data": (replaced("--data", "none.npy"), "none.npy"),
     "data that are text": (replaced("--data", "text.npy"), "text.npy"),
     "data that are words": (replaced("--data", "words.npy"), "words.npy"),

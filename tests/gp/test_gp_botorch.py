@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+# ruff: noqa: E402
 import importlib
 
-import botorch
 import pytest
+
+botorch = pytest.importorskip("botorch", reason="BoTorch is not installed")
+
 import torch
 from botorch.acquisition import LogExpectedImprovement, qLogExpectedImprovement
 from botorch.fit import fit_gpytorch_mll

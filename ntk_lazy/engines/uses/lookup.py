@@ -82,14 +82,23 @@ class Lookup(Use):
         place = tokens[:, None, :, None].expand(b, q, S, d)
         return R.scatter_add_(2, place, G.transpose(0, 1)).flatten(2)
 
+    @property
+    @override
+    def division(self) -> tuple[object, ...]:
+        # As the weight of a layer is divided: a table may be both, at the two ends of a model.
+        return "rows of the weight", self.num_tokens, self.G.shape[3]
+
     @override
     def parts(self, num_entries: int) -> Iterator[slice]:
-        d = self.G.shape[3]
-        return slices(d, max(1, num_entries // self.num_tokens))
+        return slices(self.num_tokens, max(1, num_entries // self.G.shape[3]))
 
     @override
     def part(self, which: slice) -> ParameterRows:
-        return replace(self, G=self.G[..., which]).rows()
+        count = which.stop - which.start
+        is_inside = (self.tokens >= which.start) & (self.tokens < which.stop)
+        # A last row for all other tokens.
+        tokens = torch.where(is_inside, self.tokens - which.start, count)
+        return replace(self, tokens=tokens, num_tokens=count + 1).rows()[..., : count * self.G.shape[3]]
 
     @override
     def at(self, examples: slice) -> Lookup:

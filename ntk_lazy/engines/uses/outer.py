@@ -187,6 +187,12 @@ class Outer(Use):
             R[piece] = self.rows(piece)
         return Rows(R)
 
+    @property
+    @override
+    def division(self) -> tuple[object, ...]:
+        _, _, o, i = self._sizes
+        return "rows of the weight" if self.is_transposed else "columns of the weight", o, i
+
     @override
     def parts(self, num_entries: int) -> Iterator[slice]:
         _, _, o, i = self._sizes

@@ -42,7 +42,7 @@ class Use(ABC):
     @property
     @abstractmethod
     def kind(self) -> tuple[object, ...]:
-        """All that is not a factor; uses of the same kind divide into the same parts."""
+        """All that is not a factor."""
 
     @abstractmethod
     def with_factors(self, *factors: Tensor) -> Use:
@@ -68,6 +68,11 @@ class Use(ABC):
     def as_rows(self) -> Rows:
         """The same with positions summed."""
         return Rows(self.rows())
+
+    @property
+    @abstractmethod
+    def division(self) -> tuple[object, ...]:
+        """How entries are divided: uses of the same division have the same parts, in the same order."""
 
     @abstractmethod
     def parts(self, num_entries: int) -> Iterator[slice]:
@@ -137,6 +142,11 @@ class Rows(Use):
     @override
     def rows(self, examples: slice = slice(None)) -> ParameterRows:
         return self.R[examples]
+
+    @property
+    @override
+    def division(self) -> tuple[object, ...]:
+        return "entries", self.num_entries
 
     @override
     def parts(self, num_entries: int) -> Iterator[slice]:

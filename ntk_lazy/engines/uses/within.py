@@ -72,6 +72,11 @@ class Within(Use):
         R[:, :, self._place] = own
         return R
 
+    @property
+    @override
+    def division(self) -> tuple[object, ...]:
+        return "within", self.start, self.size, *self.inner.division
+
     @override
     def parts(self, num_entries: int) -> Iterator[slice]:
         return self.inner.parts(num_entries)
