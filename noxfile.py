@@ -150,10 +150,39 @@ def _peers(session: nox.Session) -> list[str]:
 def bench(session: nox.Session) -> None:
     """Print the benchmarks, each in a process of its own; name some to run only these."""
     _install(session, "test")
-    chosen = session.posargs or sorted(p.stem for p in Path("benchmarks").glob("*.py"))
+    chosen = session.posargs or sorted(p.stem for p in Path("benchmarks").glob("*.py") if p.stem != "models")
     for name in chosen:
         more = [*_peers(session), "--results", "docs/benchmarks.json"] if name == "peers" else []
         session.run("python", f"benchmarks/{name}.py", *more)
+
+
+# Public architectures. vit-pytorch wants torchvision, which none of its models here use; PyPI's is not for CPUs.
+ARCHITECTURES = (
+    "transformers==5.24.0",
+    "torch-geometric==2.8.1",
+    "e3nn==0.6.0",
+    "pykan==0.2.8",
+    "siren-pytorch==0.1.7",
+    "torchdiffeq==0.2.5",
+    "peft==0.21.2",
+)
+WITHOUT_DEPENDENCIES = ("vit-pytorch==1.26.14",)
+# What pykan and vit-pytorch import without saying so, or say among what is left out.
+UNDECLARED = ("matplotlib", "pandas", "scikit-learn", "tqdm", "pyyaml", "einops")
+
+
+@nox.session
+def models(session: nox.Session) -> None:
+    """Try public architectures, and write their page; extra arguments go to the script."""
+    session.install(*CONSTRAINTS, "-e", ".", *UNDECLARED)
+    # One by one: a package that cannot be had is a line of the page, not the end.
+    for package in (*ARCHITECTURES, *WITHOUT_DEPENDENCIES):
+        alone = ("--no-deps",) if package in WITHOUT_DEPENDENCIES else ()
+        try:
+            session.install(*CONSTRAINTS, *alone, package)
+        except CommandFailed:
+            session.warn(f"{package} could not be installed: its models are left out")
+    session.run("python", "benchmarks/models.py", "--results", "docs/models.json", *session.posargs)
 
 
 @nox.session

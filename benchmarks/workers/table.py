@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 Row = dict[str, Any]
+_PRIMME = ("primme", "primme default")
 
 
 def seconds(run: Callable[[], object]) -> float:
@@ -15,6 +16,13 @@ def seconds(run: Callable[[], object]) -> float:
     began = time.perf_counter()
     run()
     return time.perf_counter() - began
+
+
+def grid(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table in Markdown; what is None stays empty."""
+    cells = [["" if cell is None else str(cell).replace("|", "/").replace("\n", " ") for cell in row] for row in rows]
+    lines = [f"| {' | '.join(row)} |" for row in (head, *cells)]
+    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
 
 
 def line(row: Row) -> str:
@@ -65,28 +73,23 @@ def markdown(results: dict[str, Any]) -> str:
         f"Float32 matrix products of 2048 rows at the start, in GFLOP/s: {rates}.\n",
         *_again(results),
         "## What was asked\n",
-        "| case | |\n|---|---|",
-        *[f"| {text} | {'met' if met else '**missed**'} |" for met, text in _bars(results)],
+        grid(("case", ""), ((text, "met" if met else "**missed**") for met, text in _bars(results))),
         "\n## How far from the floor\n",
         "Operations that a job cannot do without, at the best rate of matrix products that any library showed at the "
         "start. Passes through the model, which are not counted, take half of a dense kernel of the cnn or the "
         "transformer; tiles of K have 256 terms to a sum, and do not reach the rate of long ones.\n",
-        "| job | operations | seconds at that rate | ntk_lazy | best peer |\n|---|---|---|---|---|",
-        *_floors(results),
+        grid(("job", "operations", "seconds at that rate", "ntk_lazy", "best peer"), _floors(results)),
         "\n## All measures\n",
         "`first` includes making the kernel and whatever is kept afterwards, or compiled; memory is the peak beyond "
         "what the process held with its libraries and data loaded.\n",
-        "| job | library | seconds | a column | first | peak GB | off by |\n|---|---|---|---|---|---|---|",
-        *map(_cells, results["rows"]),
+        grid(("job", "library", "seconds", "a column", "first", "peak GB", "off by"), map(_cells, results["rows"])),
         "\n## Products of a search\n",
         "The operator times one column, for 100 pairs of 1,000 rows to 1e-3, in blocks of 16. Here residuals are "
         "relative to each eigenvalue; PRIMME was given the absolute tolerance that this means, which nobody knows "
         "beforehand.\n",
-        "| spectrum | search | with probe and certificate | PRIMME, ncv = 2k + 96 | PRIMME, default ncv |\n"
-        "|---|---|---|---|---|",
-        *(
-            f"| {r['spectrum']} | {r['search']} | {r['all']} | {r.get('primme', '')} | {r.get('primme default', '')} |"
-            for r in results["columns"]
+        grid(
+            ("spectrum", "search", "with probe and certificate", "PRIMME, ncv = 2k + 96", "PRIMME, default ncv"),
+            ([r["spectrum"], r["search"], r["all"], *map(r.get, _PRIMME)] for r in results["columns"]),
         ),
     ]
     return "\n".join(parts) + "\n"
@@ -100,13 +103,13 @@ def _again(results: dict[str, Any]) -> Iterator[str]:
         yield f"Measured again in a later run, this library and its peers: {names}.\n"
 
 
-def _cells(row: Row) -> str:
-    head = f"| {row['measure']} | {row['tool']} |"
+def _cells(row: Row) -> list[str]:
+    head = [row["measure"], row["tool"]]
     if "failure" in row:
-        return f"{head} {row['failure'].replace('|', '/')} | | | | |"
+        return [*head, row["failure"], "", "", "", ""]
     a_column = f"{row['seconds'] / row['k']:.5f}" if row["task"] == "product" else ""
     memory = f"{row['peak_bytes'] / 1e9:.2f}"
-    return f"{head} {row['seconds']:.3f} | {a_column} | {row['first_seconds']:.2f} | {memory} | {row['error']:.0e} |"
+    return [*head, f"{row['seconds']:.3f}", a_column, f"{row['first_seconds']:.2f}", memory, f"{row['error']:.0e}"]
 
 
 def _found(results: dict[str, Any]) -> Callable[[str, str, int, int], dict[str, Row]]:
@@ -120,7 +123,7 @@ def _found(results: dict[str, Any]) -> Callable[[str, str, int, int], dict[str, 
     return of
 
 
-def _floors(results: dict[str, Any]) -> Iterator[str]:
+def _floors(results: dict[str, Any]) -> Iterator[list[str]]:
     """Count what the jobs cannot do without, and put their times beside it."""
     of = _found(results)
 
@@ -151,7 +154,7 @@ def _floors(results: dict[str, Any]) -> Iterator[str]:
             peer = min((row["seconds"] for row in found.values()), default=None)
             count = operations(ours)
             least, best = count / rate(results, ours), "" if peer is None else f"{peer:.1f} s"
-            yield f"| {ours['measure']} | {count:.1e} | {least:.1f} s | {ours['seconds']:.1f} s | {best} |"
+            yield [ours["measure"], f"{count:.1e}", f"{least:.1f} s", f"{ours['seconds']:.1f} s", best]
 
 
 def _bars(results: dict[str, Any]) -> Iterator[tuple[bool, str]]:

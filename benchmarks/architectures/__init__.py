@@ -1,0 +1,1 @@
+"""Public architectures, one file a family, and what is measured of them."""
