@@ -34,12 +34,15 @@ class OriginalsWatch(Watch):
     def __init__(self, originals: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.touched: set[str] = set()
-        self._names: dict[int, set[str]] = {}
+        # By identity: an address is not to be had of the tensors that transforms of functions wrap. While the storages
+        # are held, no others have their identity.
+        self._names: dict[int, tuple[set[str], torch.UntypedStorage]] = {}
         self._variables = {id(tensor): name for name, tensor in originals.items()}
         self._known: dict[int, Any] = {}  # nodes of graphs that were followed
         for name, tensor in originals.items():
             if tensor.numel():
-                self._names.setdefault(tensor.untyped_storage().data_ptr(), set()).add(name)
+                storage = tensor.untyped_storage()
+                self._names.setdefault(id(storage), (set(), storage))[0].add(name)
 
     @override
     def __torch_dispatch__(
@@ -47,7 +50,8 @@ class OriginalsWatch(Watch):
     ) -> Any:
         for leaf in tree_leaves((args, kwargs)):
             if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
-                self.touched |= self._names.get(leaf.untyped_storage().data_ptr(), set())
+                known = self._names.get(id(leaf.untyped_storage()))
+                self.touched |= set() if known is None else known[0]
                 self._follow(leaf.grad_fn)
         return func(*args, **(kwargs or {}))
 

@@ -102,14 +102,15 @@ class EmbeddingWatch(Watch):
 
     def __init__(self, fixed: Iterable[Tensor]) -> None:
         super().__init__()
-        self._fixed = {tensor.untyped_storage().data_ptr() for tensor in fixed}
+        # By identity, as transforms of functions wrap tensors that have no address.
+        self._fixed = {id(storage): storage for storage in (tensor.untyped_storage() for tensor in fixed)}
         self.has_padding = self.has_frequencies = self.is_sparse = False
 
     @override
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is torch.ops.aten.embedding.default and args[0].untyped_storage().data_ptr() not in self._fixed:
+        if func is torch.ops.aten.embedding.default and id(args[0].untyped_storage()) not in self._fixed:
             options = dict(zip(("padding_idx", "scale_grad_by_freq", "sparse"), args[2:], strict=False)) | (
                 kwargs or {}
             )
