@@ -219,7 +219,10 @@ def test_nothing_is_left_of_a_model_that_is_differentiated_twice_in_reverse(tmp_
     assert _left_behind(_TwiceReverse, lambda m, x, _: _everything(nl.ntk(m, x, engine="autodiff")), tmp_path) == 0
 
 
-@pytest.mark.parametrize("make", [_Drops, lambda: nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))], ids=["dropout", "batch norm"])
+_REFUSED = {"dropout": _Drops, "batch norm": lambda: nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))}
+
+
+@pytest.mark.parametrize("make", _REFUSED.values(), ids=_REFUSED)
 def test_nothing_is_left_of_a_model_that_is_refused(make, tmp_path: Path):
     def job(module: nn.Module, x: Tensor, _: Path) -> None:
         _refused(nl.UnsupportedModuleError, lambda: nl.ntk(module, x))
