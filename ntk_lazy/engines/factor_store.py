@@ -24,6 +24,7 @@ from ntk_lazy.outputs import OutputLayout
 _KEPT_SHARE = 0.5  # of the budget: factors that stay while a product, or a series of them, runs
 _SETS_SHARE = 0.125  # of the budget: several sets of them, which lie in memory as they come; one alone may have all
 _ANY_NUMBER = 1 << 62
+PIECES_BYTES = 16 << 20  # what contractions make at a time: a factor that is scaled, its copy, products
 _PASS_SHARE = 0.25  # of the budget: a forward and a backward pass
 _PASS_SETS = 2  # working sets of one: twice the examples take a fifth off a transformer, whose operations are many
 
@@ -162,7 +163,9 @@ class FactorStore:
         """Examples of one of two sets whose factors are held together."""
         if self.scratch is not None:
             return _ANY_NUMBER
-        return max(1, int(self._room(0) / 2) // max(1, self.bytes_per_example))
+        # Positions are unfolded beside them, in pieces.
+        room = self._room(0) - min(PIECES_BYTES, self.budget / 8)
+        return max(1, int(room / 2) // max(1, self.bytes_per_example))
 
     def transient(self, size: int) -> int:
         """Bytes of a forward pass, its graph, a backward pass over a chunk, and the factors that come out of it."""

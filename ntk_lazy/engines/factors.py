@@ -36,7 +36,7 @@ from ntk_lazy.engines.contract import (
 from ntk_lazy.engines.cost import CostModel
 from ntk_lazy.engines.coverage import Coverage
 from ntk_lazy.engines.factor_chunk import Chunk
-from ntk_lazy.engines.factor_store import Chunked, FactorStore, Group
+from ntk_lazy.engines.factor_store import PIECES_BYTES, Chunked, FactorStore, Group
 from ntk_lazy.engines.factor_tiles import FactorTiles
 from ntk_lazy.engines.flat import FlatLayout, squared_norms
 from ntk_lazy.engines.rates import machine_rates
@@ -53,7 +53,6 @@ from ntk_lazy.solves import ColumnCosts
 _ROWS_SHARE = 0.0625  # of the budget: rows of J of one layer
 _BLOCK_SHARE = 0.5  # of the budget: parameter columns of one layer, or of all, and what they are added up from
 _LEAST_BLOCK_SHARE = 0.125  # beside factors that are held
-_PIECES_BYTES = 16 << 20  # what contractions make at a time: a factor that is scaled, its copy, products
 
 
 @final
@@ -275,7 +274,7 @@ class FactorEngine(Engine):
             widths = {name: min(widths[name], occurring) if cost.num_matched < widths[name] else widths[name]}
         beside = kept if is_kept else captured
         columns = self._fitting(widths, num_columns, beside)
-        pieces = min(_PIECES_BYTES, num_examples * self._piece_bytes(num_columns))
+        pieces = min(PIECES_BYTES, num_examples * self._piece_bytes(num_columns))
         multiplied = columns * self._column_bytes(widths) + self._result_bytes(widths) * columns + pieces
         held = kept + max(captured, multiplied) if is_kept else captured + multiplied
         rest = 0 if self.rest is None else self.rest.chunks(num_examples, num_columns).bytes
@@ -344,7 +343,7 @@ class FactorEngine(Engine):
     def _fitting(self, widths: Mapping[str, int], num_columns: int, beside: int) -> int:
         """Columns whose parameter block fits its share of the budget, or what is left of it."""
         one = self._column_bytes(widths) + self._result_bytes(widths)
-        left = max(self.budget - beside - _PIECES_BYTES, self.budget * _LEAST_BLOCK_SHARE)
+        left = max(self.budget - beside - PIECES_BYTES, self.budget * _LEAST_BLOCK_SHARE)
         return max(1, min(num_columns, int(min(self.budget * _BLOCK_SHARE, left) // max(one, 1))))
 
     def _coefficients(self, V: Block, chunk: Chunk) -> Coefficients:

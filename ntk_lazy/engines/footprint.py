@@ -95,7 +95,7 @@ class Footprint:
         peaks of perceptrons and convolutions, over the slack that is added to all footprints.
         """
         a, p = activation_bytes, parameter_bytes
-        return cls(np.array([[2.4 * p, 2.9 * a, 2.3 * p, 2.05 * a]]))
+        return cls(np.array([[2.4 * p, 3.6 * a, 2.3 * p, 2.6 * a]]))
 
     @classmethod
     def measure(cls, run: Callable[[int, int], object]) -> Self | None:
