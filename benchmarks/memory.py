@@ -10,6 +10,7 @@ import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +23,16 @@ ALLOWED, PREDICTED = 1.1, (0.7, 1.3)
 _WORKER = Path(__file__).parent / "workers" / "memory_jobs.py"
 
 
-def audit(model: str, engine: str, megabytes: int, jobs: list[str]) -> list[dict[str, Any]]:
-    """Run all jobs of one kernel."""
+def audit(model: str, engine: str, megabytes: int, jobs: list[str]) -> Iterator[dict[str, Any]]:
+    """Run all jobs of one kernel, and tell of each as it ends."""
     budget = megabytes * 1_000_000
-    run = subprocess.run(
-        [sys.executable, str(_WORKER), model, engine, str(budget), *jobs], capture_output=True, text=True, check=False
-    )
-    if run.returncode:
-        raise SystemExit(run.stderr)
-    rows = [json.loads(line) for line in run.stdout.splitlines()]
-    return [{"model": model, "engine": engine, "budget": budget} | row for row in rows]
+    command = [sys.executable, str(_WORKER), model, engine, str(budget), *jobs]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as worker:
+        assert worker.stdout is not None
+        for line in worker.stdout:
+            yield {"model": model, "engine": engine, "budget": budget} | json.loads(line)
+    if worker.returncode:
+        raise SystemExit(f"{model}, {engine}, {megabytes} MB: the worker ended with {worker.returncode}.")
 
 
 def page(rows: list[dict[str, Any]]) -> str:
@@ -45,9 +46,9 @@ def page(rows: list[dict[str, Any]]) -> str:
         "",
         "This page is written by `python benchmarks/memory.py --page docs/memory.md`. Each number is the peak of a "
         "process of its own beside what it held before and beside the result, over the memory budget: the most over "
-        f"{len(ENGINES)} engines and three budgets ({_listed(BUDGETS['mlp'])}; for `wide` {_listed(BUDGETS['wide'])}). "
-        "A job that does not fit is refused, and the error names the "
-        "bytes; refused in all cases: `-`.",
+        f"the engines {', '.join(f'`{engine}`' for engine in dict.fromkeys(row['engine'] for row in rows))} and the "
+        f"budgets {_listed(rows)} (the largest for `wide`, where a parameter vector alone takes 69 MB). "
+        "A job that does not fit is refused, and the error names the budget that would do. `-`: not audited.",
         "",
         f"{len(shares)} jobs ran, {sum('refused' in row for row in rows)} were refused, {len(over)} held more than "
         f"{ALLOWED} of the budget. Of the prediction of a product, `K.explain(k).predicted_bytes`, the median job held "
@@ -62,13 +63,14 @@ def page(rows: list[dict[str, Any]]) -> str:
         cells = []
         for model in MODELS:
             held = [r["held"] / r["budget"] for r in rows if r["job"] == job and r["model"] == model and "held" in r]
-            cells.append(f"{max(held):.2f}" if held else "-")
+            is_refused = any(r["job"] == job and r["model"] == model and "refused" in r for r in rows)
+            cells.append(f"{max(held):.2f}" if held else "refused" if is_refused else "-")
         lines.append(f"| {job} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def _listed(megabytes: tuple[int, ...]) -> str:
-    return ", ".join(f"{m} MB" for m in megabytes)
+def _listed(rows: list[dict[str, Any]]) -> str:
+    return ", ".join(f"{budget / 1e6:.0f} MB" for budget in sorted({row["budget"] for row in rows}))
 
 
 def main() -> None:
@@ -88,10 +90,11 @@ def main() -> None:
                 for row in audit(model, engine, megabytes, options.job or [FIRST, *JOBS]):
                     rows.append(row)
                     print(_line(row), flush=True)
-    if options.results:
-        options.results.write_text(json.dumps(rows, indent=1) + "\n")
-    if options.page:
-        options.page.write_text(page(rows))
+                # After each kernel: the whole takes an hour.
+                if options.results:
+                    options.results.write_text(json.dumps(rows, indent=1) + "\n")
+                if options.page:
+                    options.page.write_text(page(rows))
 
 
 def _line(row: dict[str, Any]) -> str:

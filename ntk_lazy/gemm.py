@@ -25,7 +25,7 @@ _LEAST_WORK = 1 << 20  # multiplications from which the overhead of choosing doe
 _NARROW = 32  # columns up to which a product is bound by memory
 _REPEATS = 5
 _CHECKED_ROWS = 64  # of a product that is compared with float64
-_PIECE_BYTES = 16 << 20
+_PIECE_BYTES = 2 << 20  # of each of two copies: they stay in cache, and are small beside any budget
 
 
 def times_transposed(A: Float[Tensor, "*#batch m i"], B: Float[Tensor, "*#batch n i"]) -> Float[Tensor, "*#batch m n"]:

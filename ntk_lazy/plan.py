@@ -11,7 +11,7 @@ from typing import Literal, Self, TypeAlias, get_args
 import torch
 
 from ntk_lazy.engines.autodiff import AutodiffEngine
-from ntk_lazy.engines.chunks import Chunks
+from ntk_lazy.engines.chunks import Chunks, Share
 from ntk_lazy.engines.contract import Engine, Preflight
 from ntk_lazy.engines.factors import FactorEngine
 from ntk_lazy.engines.gram import GramEngine
@@ -92,9 +92,9 @@ class EngineSettings:
             )
         # One half of the budget for K, less than the other for what it is made of: allocators want their share.
         tiles = FactorEngine(
-            model, layout, preflight=preflight, budget=budget * 3 // 8, chunk_size=size, scratch=self.scratch
+            model, layout, preflight=preflight, budget=Share.of(budget, 3, 8), chunk_size=size, scratch=self.scratch
         )
-        return GramEngine(tiles, budget=budget // 2, max_dense_bytes=limit, scratch=self.scratch)
+        return GramEngine(tiles, budget=Share.of(budget, 1, 2), max_dense_bytes=limit, scratch=self.scratch)
 
     @contextmanager
     def running(self, engine: Engine, num_columns: int) -> Iterator[None]:

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from ntk_lazy.engines.chunks import ChunkRule, Chunks, slices
+from ntk_lazy.engines.chunks import ROWS_OF_ONE, ChunkRule, Chunks, shortage, slices
 from ntk_lazy.engines.contract import X1, X2, ColumnsFirst, Engine, ExampleRows, GramMatrix, OtherBlock, Preflight
 from ntk_lazy.engines.cost import passes_of_product, tiles_of_rows
 from ntk_lazy.engines.flat import FlatLayout
 from ntk_lazy.engines.footprint import Footprint
 from ntk_lazy.engines.kept import KeptLinearisations
 from ntk_lazy.engines.linearisation import DoubleReverse, Linearisation, Tangents, example_gradients, linearisation
+from ntk_lazy.errors import BudgetError
 from ntk_lazy.gemm import times_transposed_in_float64
 from ntk_lazy.model import FunctionalModel
 from ntk_lazy.outputs import OutputLayout
@@ -154,6 +155,17 @@ class AutodiffEngine(Engine):
     @override
     def row_chunks(self, num_examples: int) -> list[slice]:
         return list(slices(num_examples, self.rule.fit_rows(self.layout.rows_per_example * self.layout.passes)))
+
+    @override
+    def shortage_of_tiles(self, num_examples: int) -> BudgetError | None:
+        needed = self.rule.rows_of_one(self.layout.rows_per_example * self.layout.passes)
+        return shortage(needed, self.budget, ROWS_OF_ONE)
+
+    @override
+    def tile_chunks(self, num_examples: int) -> Chunks:
+        rows = self.layout.rows_per_example * self.layout.passes
+        examples = min(num_examples, self.rule.fit_rows(rows))
+        return Chunks(examples, 1, examples * self.rule.rows_of_one(rows))
 
     @override
     def bilinear_gradient(

@@ -17,7 +17,7 @@ from ntk_lazy.engines.chunks import Chunks, slices
 from ntk_lazy.engines.coverage import Coverage
 from ntk_lazy.engines.derivatives import Derivatives
 from ntk_lazy.engines.flat import FlatLayout, squared_norms
-from ntk_lazy.errors import UnsupportedModuleError
+from ntk_lazy.errors import BudgetError, UnsupportedModuleError
 from ntk_lazy.gemm import times_transposed
 from ntk_lazy.model import FunctionalModel
 from ntk_lazy.outputs import OutputLayout
@@ -304,6 +304,14 @@ class Engine(ABC):
     @abstractmethod
     def row_chunks(self, num_examples: int) -> list[slice]:
         """Divide examples into chunks whose rows of J fit the budget."""
+
+    @abstractmethod
+    def shortage_of_tiles(self, num_examples: int) -> BudgetError | None:
+        """Tell what is missing for ``gram``, with a number that is enough, if anything is."""
+
+    @abstractmethod
+    def tile_chunks(self, num_examples: int) -> Chunks:
+        """Say how many examples ``gram`` sends through the model at once, and what it holds beside K."""
 
     @abstractmethod
     def bilinear_gradient(

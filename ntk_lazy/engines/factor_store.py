@@ -11,18 +11,20 @@ from typing import TypeAlias, final
 import torch
 from torch import Tensor
 
-from ntk_lazy.engines.chunks import is_same_view, require, slack, slices, working_set
+from ntk_lazy.engines.chunks import is_same_view, largest_that, require, shortage, slack, slices, working_set
 from ntk_lazy.engines.contract import Preflight
 from ntk_lazy.engines.coverage import Coverage
 from ntk_lazy.engines.factor_chunk import Chunk, join
 from ntk_lazy.engines.scratch import Scratch
 from ntk_lazy.engines.uses import Rows, Use, relabelled
+from ntk_lazy.errors import BudgetError
 from ntk_lazy.model import FunctionalModel
 from ntk_lazy.outputs import OutputLayout
 
 _KEPT_SHARE = 0.5  # of the budget: factors that stay while a product, or a series of them, runs
 _SETS_SHARE = 0.125  # of the budget: several sets of them, which lie in memory as they come; one alone may have all
 _ANY_NUMBER = 1 << 62
+PIECES_BYTES = 16 << 20  # what contractions make at a time: a factor that is scaled, its copy, products
 _PASS_SHARE = 0.25  # of the budget: a forward and a backward pass
 _PASS_SETS = 2  # working sets of one: twice the examples take a fifth off a transformer, whose operations are many
 
@@ -40,11 +42,13 @@ class Group:
         widths: Entries of each parameter, or as many of them as take part.
         left: Chunks of the rows.
         right: Chunks of the columns; the same for one set of examples.
+        num_bytes: What stands beside columns of them: factors that are held, or a pass through a chunk.
     """
 
     widths: dict[str, int]
     left: Chunked
     right: Chunked
+    num_bytes: int
 
     def relabelled(self, name: str) -> Group:
         """Of one parameter, held on both sides, the entries that occur."""
@@ -58,7 +62,7 @@ class Group:
         renewed = iter(after)
         chunks = [Chunk(c.examples, tuple({name: next(renewed)} for _ in c.uses)) for c in (*left, *right)]
         first, second = chunks[: len(left)], chunks[len(left) :] or chunks
-        return Group({name: used.num_entries}, lambda: first, lambda: second)
+        return Group({name: used.num_entries}, lambda: first, lambda: second, self.num_bytes)
 
 
 @final
@@ -125,7 +129,7 @@ class FactorStore:
 
     def fits(self, num_examples: int) -> bool:
         """Whether there is memory to hold the factors of so many examples."""
-        return num_examples * self.bytes_per_example <= self.budget * _KEPT_SHARE
+        return num_examples * self.bytes_per_example <= self._room(2 * self.largest_column)
 
     def fits_beside(self, num_examples: int, others: int) -> bool:
         """Whether the factors of so many examples stay in memory while those of a few others come and go."""
@@ -141,7 +145,7 @@ class FactorStore:
         Where positions are more than outputs, rows make a product ``S / q`` times cheaper, and to sum positions once
         costs no more than half a product by position with q columns.
         """
-        room = self.budget * _KEPT_SHARE - num_examples * self.bytes_per_example
+        room = self._room(2 * self.largest_column) - num_examples * self.bytes_per_example
         chosen = set(self._compact)
         for extra, name in sorted((self._extra_bytes(name), name) for name in self.coverage.costs):
             if name not in chosen and self._gains_by_rows(name) and extra * num_examples <= room:
@@ -159,7 +163,9 @@ class FactorStore:
         """Examples of one of two sets whose factors are held together."""
         if self.scratch is not None:
             return _ANY_NUMBER
-        return max(1, int(self.budget * _KEPT_SHARE / 2) // max(1, self.bytes_per_example))
+        # Positions are unfolded beside them, in pieces.
+        room = self._room(0) - min(PIECES_BYTES, self.budget / 8)
+        return max(1, int(room / 2) // max(1, self.bytes_per_example))
 
     def transient(self, size: int) -> int:
         """Bytes of a forward pass, its graph, a backward pass over a chunk, and the factors that come out of it."""
@@ -170,12 +176,53 @@ class FactorStore:
         return int(self._slack * (2 * self.preflight.activation_bytes + vectorised + self.bytes_per_example) * size)
 
     def chunk_size(self, num_examples: int) -> int:
-        """Examples that go through the model at once."""
+        """Examples that go through the model at once.
+
+        Raises:
+            BudgetError: They do not fit, as many as were asked for, or one.
+        """
         one = max(1, self.transient(1))
-        require(one, self.budget, "one example")
+        size = min(num_examples, self._least_size)
+        require(one * size, self.budget, _asked(size), largest_chunk=int(self.budget // one) if size > 1 else 0)
         room = min(self.budget * _PASS_SHARE, _PASS_SETS * working_set(self.model.device.type))
-        fits = max(1, int(room // one))
-        return min(num_examples, self._asked_size or fits)
+        return size if self._asked_size else min(num_examples, max(1, int(room // one)))
+
+    @property
+    def column(self) -> int:
+        """Bytes of one column of the parameters that have factors, while it is made of those of chunks."""
+        return sum(map(self._column_of, self.coverage.costs)) + self.largest_column
+
+    @property
+    def largest_column(self) -> int:
+        """The same of one parameter alone, without what it is made of."""
+        return max(map(self._column_of, self.coverage.costs), default=0)
+
+    def shortage_of_products(self, num_examples: int) -> BudgetError | None:
+        """Tell what is missing for a product with one column, if anything is.
+
+        Args:
+            num_examples: Of both sides together.
+        """
+        if self.keeps(num_examples) and (self.scratch is None or self._room(2 * self.largest_column) >= 0):
+            return None
+        size = min(num_examples, self._least_size)
+        made_anew = self.transient(size) + self.column
+        kept = num_examples * self.bytes_per_example
+        beside = max(self.transient(self._least_size), 2 * self.largest_column)
+        if self.scratch is None:
+            beside = max(kept + beside, int(kept / _KEPT_SHARE))
+        largest = 0
+        if size > 1:
+            largest = largest_that(size, lambda b: self.transient(b) + self.column <= self.budget)
+        return shortage(min(made_anew, beside), self.budget, f"{_asked(size)} beside one column", largest_chunk=largest)
+
+    def shortage_of_tiles(self, num_examples: int) -> BudgetError | None:
+        """Tell what is missing for tiles of K, if anything is."""
+        size, pair = min(num_examples, self._least_size), 2 * self.bytes_per_example
+        largest = 0
+        if size > 1:
+            largest = largest_that(size, lambda b: self.transient(b) + pair <= self.budget)
+        return shortage(self.transient(size) + pair, self.budget, _asked(size), largest_chunk=largest)
 
     def groups(self, x1: Tensor, x2: Tensor, *, is_compact: bool) -> Iterator[Group]:
         """Divide the covered parameters into groups that are multiplied one after the other.
@@ -193,10 +240,11 @@ class FactorStore:
         left = self.chunks(x1, is_held=is_held, as_rows=as_rows, together=together)
         right = left if is_symmetric else self.chunks(x2, is_held=is_held, as_rows=as_rows, together=together)
         if not is_held:
-            yield Group(widths, left, right)
+            yield Group(widths, left, right, self.transient(self.chunk_size(together)))
             return
+        kept = self.kept_bytes(together)
         for name, width in widths.items():
-            group = Group({name: width}, left, right)
+            group = Group({name: width}, left, right, kept)
             yield group.relabelled(name) if is_compact else group
 
     def chunks(self, x: Tensor, *, is_held: bool, together: int, as_rows: frozenset[str] | None = None) -> Chunked:
@@ -278,8 +326,24 @@ class FactorStore:
         return q * cost.num_params * self.model.dtype.itemsize - cost.source_bytes - q * cost.gradient_bytes
 
     @property
+    def _least_size(self) -> int:
+        """Examples of the smallest chunk that may be taken."""
+        return self._asked_size or 1
+
+    def _room(self, beside: int) -> float:
+        """Bytes for factors that are held, beside a pass through the smallest chunk, or something else afterwards."""
+        return min(self.budget * _KEPT_SHARE, self.budget - max(self.transient(self._least_size), beside))
+
+    def _column_of(self, name: str) -> int:
+        return self.coverage.costs[name].num_params * self.layout.passes * self.model.dtype.itemsize
+
+    @property
     def _slack(self) -> float:
         return slack(self.model.device.type)
+
+
+def _asked(size: int) -> str:
+    return "one example" if size == 1 else f"a chunk of {size} examples"
 
 
 def _offset(x: Tensor, whole: Tensor) -> int | None:

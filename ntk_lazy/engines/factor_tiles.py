@@ -30,7 +30,9 @@ from ntk_lazy.outputs import OutputLayout
 
 _ROWS_SHARE = 0.0625  # of the budget: rows of J of one layer
 _ROWS_SETS = 4  # working sets of these: positions are unfolded once for each part of them
-_TILE = 1024  # rows of a tile of K
+_TILE = 1024  # rows of a tile of K, or fewer under a small budget
+_TILE_SHARE = 0.0625  # of the budget: one tile, beside which stand the products that it is made of
+_TILES = 4
 _ROWS_TILE = 256  # from rows of J: what tiles on the diagonal compute twice is less, and sums are long enough
 
 
@@ -51,6 +53,18 @@ class FactorTiles:
     layout: OutputLayout
     budget: int
 
+    @property
+    def _tile(self) -> int:
+        """Rows of a tile."""
+        return max(1, min(_TILE, int((self.budget * _TILE_SHARE / self.store.model.dtype.itemsize) ** 0.5)))
+
+    def held(self, num_examples: int) -> int:
+        """Bytes that stand beside a K of so many examples while it is made."""
+        store, r = self.store, self.layout.rows_per_example
+        factors = min(num_examples, 2 * store.half_size()) * store.bytes_per_example
+        tiles = _TILES * min(self._tile, num_examples * r) ** 2 * store.model.dtype.itemsize
+        return factors + max(store.transient(store.chunk_size(num_examples)), tiles)
+
     def add_gram(self, x1: Tensor, x2: Tensor, out: GramMatrix) -> None:
         """Add all of K; of the same tensor twice one half, and its mirror image in place of whatever is in the other.
 
@@ -62,7 +76,7 @@ class FactorTiles:
         for i in slices(x1.shape[0], max(size, 2 * size - x2.shape[0])):
             self._add_strip(x1[i], x2, out[_rows(i, r)], begin=i.start if is_symmetric else 0, size=size)
         if is_symmetric:
-            _mirror(out, _TILE)
+            _mirror(out, self._tile)
 
     def add_entries(self, x1: Tensor, x2: Tensor, rows1: RowIndex, rows2: RowIndex, out: Entries) -> None:
         """Add entries, pair by pair. Cost: ``2 (sum d_in + sum d_out)`` flops each for plain layers."""
@@ -98,7 +112,7 @@ class FactorTiles:
         r, is_symmetric = self.layout.rows_per_example, left is right
         uses = [[chunk.uses[number] for chunk in side] for side in (left, right)]
         plain = plain_parameters(uses[0] + uses[1])
-        tiles = self._tiles(out.shape, _TILE, is_symmetric=is_symmetric)
+        tiles = self._tiles(out.shape, self._tile, is_symmetric=is_symmetric)
         first = merged_layers(uses[0], plain)
         second = first if is_symmetric else merged_layers(uses[1], plain)
         for (names, layer), (i, j) in product(first.items(), tiles):
@@ -116,7 +130,7 @@ class FactorTiles:
                 continue
             sides = self._row_sides(number, name, left, right)
             for rows1, rows2 in row_slices(*sides, limit // out.dtype.itemsize):
-                for i, j in self._tiles(out.shape, _ROWS_TILE, is_symmetric=is_symmetric):
+                for i, j in self._tiles(out.shape, min(_ROWS_TILE, self._tile), is_symmetric=is_symmetric):
                     out[_rows(i, r), _rows(j, r)] += times_transposed(rows1[_rows(i, r)], rows2[_rows(j, r)])
                 del rows1, rows2
 

@@ -13,7 +13,16 @@ from torch import Tensor
 from typing_extensions import override
 
 from ntk_lazy.engines.autodiff import AutodiffEngine
-from ntk_lazy.engines.chunks import Chunks, require, slack, slices, working_set
+from ntk_lazy.engines.chunks import (
+    ROWS_OF_ONE,
+    Chunks,
+    is_same_view,
+    raise_largest,
+    shortage,
+    slack,
+    slices,
+    working_set,
+)
 from ntk_lazy.engines.contract import (
     ColumnsFirst,
     Engine,
@@ -27,12 +36,13 @@ from ntk_lazy.engines.contract import (
 from ntk_lazy.engines.cost import CostModel
 from ntk_lazy.engines.coverage import Coverage
 from ntk_lazy.engines.factor_chunk import Chunk
-from ntk_lazy.engines.factor_store import Chunked, FactorStore
+from ntk_lazy.engines.factor_store import PIECES_BYTES, Chunked, FactorStore, Group
 from ntk_lazy.engines.factor_tiles import FactorTiles
 from ntk_lazy.engines.flat import FlatLayout, squared_norms
 from ntk_lazy.engines.rates import machine_rates
 from ntk_lazy.engines.scratch import Scratch
 from ntk_lazy.engines.uses import Coefficients
+from ntk_lazy.errors import BudgetError
 from ntk_lazy.gemm import times_transposed_in_float64
 from ntk_lazy.model import FunctionalModel
 from ntk_lazy.outputs import OutputLayout
@@ -41,7 +51,8 @@ from ntk_lazy.shapes import Block, SmallMatrix
 from ntk_lazy.solves import ColumnCosts
 
 _ROWS_SHARE = 0.0625  # of the budget: rows of J of one layer
-_BLOCK_SHARE = 0.25  # of the budget: parameter columns of one layer, or of all
+_BLOCK_SHARE = 0.5  # of the budget: parameter columns of one layer, or of all, and what they are added up from
+_LEAST_BLOCK_SHARE = 0.125  # beside factors that are held
 
 
 @final
@@ -103,13 +114,14 @@ class FactorEngine(Engine):
         k, passes = V.shape[1], self.layout.passes
         W = V.new_zeros(k * passes, self.model.num_params)
         places = self.flat.slices()
+        self._require(x.shape[0])
         with torch.no_grad(), ieee_precision(), differentiable_attention():
             if self.rest is not None:
                 rest = self.rest.pull(x, V).reshape(k * passes, -1)
                 for name, place in self.rest.flat.slices().items():
                     W[:, places[name]] = rest[:, place]
             for group in self.store.groups(x, x, is_compact=False):
-                for columns in slices(k, self._columns(group.widths, k)):
+                for columns in slices(k, self._columns(group, k)):
                     for name, part in self._pull(group.left, V[:, columns], group.widths).items():
                         W.view(k, passes, -1)[columns, :, places[name]] = part.transpose(0, 1)
         return W.reshape(k, self.num_features)
@@ -124,6 +136,7 @@ class FactorEngine(Engine):
         views = W.reshape(k, passes, -1)
         places = self.flat.slices()
         Y = W.new_zeros(x.shape[0] * self.layout.rows_per_example, k)
+        self._require(x.shape[0])
         with torch.no_grad(), ieee_precision(), differentiable_attention():
             if self.rest is not None:
                 own = torch.cat([views[..., places[name]] for name in self.rest.flat.shapes], 2)
@@ -139,11 +152,12 @@ class FactorEngine(Engine):
         Y = V.new_zeros(x1.shape[0] * self.layout.rows_per_example, k)
         if k == 0 or 0 in (x1.shape[0], x2.shape[0]):
             return Y
+        self._require(*((x1.shape[0],) if is_same_view(x1, x2) else (x1.shape[0], x2.shape[0])))
         with torch.no_grad(), ieee_precision(), differentiable_attention():
             if self.rest is not None:
                 Y += self.rest.product(x1, x2, V)
             for group in self.store.groups(x1, x2, is_compact=True):
-                for columns in slices(k, self._columns(group.widths, k)):
+                for columns in slices(k, self._columns(group, k)):
                     self._push(group.left, self._pull(group.right, V[:, columns], group.widths), Y[:, columns])
         return Y
 
@@ -151,11 +165,12 @@ class FactorEngine(Engine):
     def half_gram(self, x: Tensor, V: Block) -> SmallMatrix:
         k = V.shape[1]
         total = torch.zeros(k, k, dtype=torch.float64)
+        self._require(x.shape[0])
         with torch.no_grad(), ieee_precision(), differentiable_attention():
             if self.rest is not None:
                 total += self.rest.half_gram(x, V)
             for group in self.store.groups(x, x, is_compact=True):
-                size = self._columns(group.widths, k)
+                size = self._columns(group, k)
                 # Two blocks at once where there are several: each has half of the room.
                 pieces = list(slices(k, size if size == k else max(1, size // 2)))
                 for i, left in enumerate(pieces):
@@ -174,11 +189,12 @@ class FactorEngine(Engine):
     def energies(self, x: Tensor, V: Block) -> dict[str, Float64[Tensor, " k"]]:
         k = V.shape[1]
         found = {name: torch.zeros(k, dtype=torch.float64) for name in self.flat.shapes}
+        self._require(x.shape[0])
         with torch.no_grad(), ieee_precision(), differentiable_attention():
             if self.rest is not None:
                 found |= self.rest.energies(x, V)
             for group in self.store.groups(x, x, is_compact=True):
-                for columns in slices(k, self._columns(group.widths, k)):
+                for columns in slices(k, self._columns(group, k)):
                     for name, part in self._pull(group.left, V[:, columns], group.widths).items():
                         found[name][columns] = squared_norms(part.transpose(0, 1))
         return found
@@ -246,27 +262,45 @@ class FactorEngine(Engine):
 
     @override
     def chunks(self, num_examples: int, num_columns: int) -> Chunks:
-        size = self.store.chunk_size(num_examples)
+        self._require(num_examples)
         widths = {name: cost.num_params for name, cost in self.coverage.costs.items()}
-        group = {"the largest": max(widths.values(), default=0)} if self.store.keeps(num_examples) else widths
-        columns = self._columns(group, num_columns)
-        held = self.store.kept_bytes(num_examples) + self.store.transient(size) + columns * self._column_bytes(group)
+        is_kept, size = self.store.keeps(num_examples), self.store.chunk_size(num_examples)
+        kept, captured = self.store.kept_bytes(num_examples), self.store.transient(size)
+        if is_kept:
+            name = max(widths, key=lambda name: widths[name])
+            # Of a table that is looked up only what occurs takes part.
+            cost, q = self.coverage.costs[name], self.layout.rows_per_example * self.layout.passes
+            occurring = num_examples * q * cost.gradient_bytes // self.model.dtype.itemsize
+            widths = {name: min(widths[name], occurring) if cost.num_matched < widths[name] else widths[name]}
+        beside = kept if is_kept else captured
+        columns = self._fitting(widths, num_columns, beside)
+        pieces = min(PIECES_BYTES, num_examples * self._piece_bytes(num_columns))
+        multiplied = columns * self._column_bytes(widths) + self._result_bytes(widths) * columns + pieces
+        held = kept + max(captured, multiplied) if is_kept else captured + multiplied
         rest = 0 if self.rest is None else self.rest.chunks(num_examples, num_columns).bytes
-        return Chunks(size, columns, held + rest)
+        return Chunks(size, columns, max(held, rest))
 
     @override
     def row_chunks(self, num_examples: int) -> list[slice]:
-        q = self.layout.rows_per_example * self.layout.passes
-        # By parameter, in their place in the flat row, and what is made of them.
-        rows = 3 * q * self.model.num_params * self.model.dtype.itemsize
-        per_example = int(slack(self.model.device.type) * rows) + self.store.transient(1)
-        require(per_example, self.budget, "the rows of J of one example")
-        fits = max(1, min(self.budget, 4 * working_set(self.model.device.type)) // per_example)
+        needed = self._rows_of_one()
+        raise_largest(self.shortage_of_tiles(num_examples), shortage(needed, self.budget, ROWS_OF_ONE))
+        fits = max(1, min(self.budget, 4 * working_set(self.model.device.type)) // needed)
         ours = min(fits, self.chunk_size or fits)
         if self.rest is None:
             return list(slices(num_examples, ours))
         theirs = self.rest.row_chunks(num_examples)
         return list(slices(num_examples, min(ours, theirs[0].stop - theirs[0].start if theirs else ours)))
+
+    @override
+    def shortage_of_tiles(self, num_examples: int) -> BudgetError | None:
+        rest = None if self.rest is None else self.rest.shortage_of_tiles(num_examples)
+        found = [error for error in (self.store.shortage_of_tiles(num_examples), rest) if error is not None]
+        return max(found, key=lambda error: error.requested_bytes, default=None)
+
+    @override
+    def tile_chunks(self, num_examples: int) -> Chunks:
+        rest = 0 if self.rest is None else self.rest.tile_chunks(num_examples).bytes
+        return Chunks(self.store.chunk_size(num_examples), 1, max(self._tiles.held(num_examples), rest))
 
     @override
     def bilinear_gradient(
@@ -280,14 +314,37 @@ class FactorEngine(Engine):
 
     # How it goes through examples.
 
+    def _require(self, *num_examples: int) -> None:
+        """Refuse what does not fit with one column, before anything is spent."""
+        rest = None if self.rest is None else self.rest.rule.shortage(max(num_examples))
+        raise_largest(self.store.shortage_of_products(sum(num_examples)), rest)
+
+    def _rows_of_one(self) -> int:
+        # By parameter, in their place in the flat row, and what is made of them.
+        rows = 3 * self.layout.rows_per_example * self.layout.passes * self.model.num_params
+        return int(slack(self.model.device.type) * rows * self.model.dtype.itemsize) + self.store.transient(1)
+
     def _column_bytes(self, widths: Mapping[str, int]) -> int:
         return sum(widths.values()) * self.layout.passes * self.model.dtype.itemsize
 
-    def _columns(self, widths: Mapping[str, int], num_columns: int) -> int:
-        """Columns whose parameter block fits its share of the budget."""
-        one = self._column_bytes(widths)
-        require(one, self.budget, "one column")
-        return max(1, min(num_columns, int(self.budget * _BLOCK_SHARE // max(one, 1))))
+    def _result_bytes(self, widths: Mapping[str, int]) -> int:
+        """Of one column: a product stands beside what it is added to, one parameter at a time."""
+        return max(widths.values(), default=0) * self.layout.passes * self.model.dtype.itemsize
+
+    def _piece_bytes(self, num_columns: int) -> int:
+        """What a contraction makes of one example, at the most."""
+        costs = self.coverage.costs.values()
+        wide = max((cost.num_positions * cost.num_outputs for cost in costs), default=0)
+        return 4 * wide * num_columns * self.model.dtype.itemsize
+
+    def _columns(self, group: Group, num_columns: int) -> int:
+        return self._fitting(group.widths, num_columns, group.num_bytes)
+
+    def _fitting(self, widths: Mapping[str, int], num_columns: int, beside: int) -> int:
+        """Columns whose parameter block fits its share of the budget, or what is left of it."""
+        one = self._column_bytes(widths) + self._result_bytes(widths)
+        left = max(self.budget - beside - PIECES_BYTES, self.budget * _LEAST_BLOCK_SHARE)
+        return max(1, min(num_columns, int(min(self.budget * _BLOCK_SHARE, left) // max(one, 1))))
 
     def _coefficients(self, V: Block, chunk: Chunk) -> Coefficients:
         r = self.layout.rows_per_example
@@ -320,5 +377,7 @@ def _coverage(model: FunctionalModel, layout: OutputLayout, preflight: Preflight
     """Take rows of J for parameters without factors, if gradients of single examples vectorise and are small enough."""
     found = preflight.coverage
     rows = layout.rows_per_example * layout.passes * sum(model.params[name].nbytes for name in found.uncovered)
-    is_wanted = found.uncovered and rows <= _ROWS_SHARE * budget
+    # With the pass that makes them, vectorised over examples and rows.
+    passes = slack(model.device.type) * (3 + layout.rows_per_example * layout.passes) * preflight.activation_bytes
+    is_wanted = found.uncovered and rows <= _ROWS_SHARE * budget and passes <= budget / 2
     return found.completed(model.params) if is_wanted and preflight.derivatives.vectorises else found

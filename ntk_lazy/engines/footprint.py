@@ -46,7 +46,7 @@ class Footprint:
         peaks of perceptrons and convolutions, over the slack that is added to all footprints.
         """
         a, p = activation_bytes, parameter_bytes
-        return cls(np.array([[2.0 * p, 2.0 * a, 1.8 * p, 1.4 * a]]))
+        return cls(np.array([[2.4 * p, 3.6 * a, 2.3 * p, 2.6 * a]]))
 
     @classmethod
     def vectorised(

@@ -11,7 +11,7 @@ from jaxtyping import Float64
 from torch import Tensor
 from typing_extensions import override
 
-from ntk_lazy.engines.chunks import Chunks, is_same_view, slices
+from ntk_lazy.engines.chunks import Chunks, is_same_view, raise_largest, shortage, slices
 from ntk_lazy.engines.contract import ColumnsFirst, Engine, Entries, ExampleRows, GramMatrix, OtherBlock, RowIndex
 from ntk_lazy.engines.scratch import Scratch
 from ntk_lazy.engines.written import WrittenKernel
@@ -66,6 +66,7 @@ class GramEngine(Engine):
         n1, n2 = x1.shape[0], x2.shape[0]
         if 0 in (n1, n2):
             return V.new_zeros(n1 * self.layout.rows_per_example, V.shape[1])
+        self._require(max(n1, n2))
         with torch.no_grad(), ieee_precision():
             if self._kept is not None and self.keeps(n1, n2):
                 return self._kept_kernel(self._kept, x1, x2).matmul(V)
@@ -96,9 +97,18 @@ class GramEngine(Engine):
 
     @override
     def chunks(self, num_examples: int, num_columns: int) -> Chunks:
-        inner = self.inner.chunks(num_examples, 1)
+        self._require(num_examples)
         held = min(self.num_bytes(num_examples, num_examples), self.num_bytes(self._strip(num_examples), num_examples))
+        inner = self.inner.tile_chunks(num_examples)
         return Chunks(inner.examples, num_columns, held + inner.bytes)
+
+    @override
+    def shortage_of_tiles(self, num_examples: int) -> BudgetError | None:
+        return self.inner.shortage_of_tiles(num_examples)
+
+    @override
+    def tile_chunks(self, num_examples: int) -> Chunks:
+        return self.inner.tile_chunks(num_examples)
 
     @override
     def pull(self, x: Tensor, V: Block) -> ColumnsFirst:
@@ -162,14 +172,13 @@ class GramEngine(Engine):
     def _strip(self, num_examples: int) -> int:
         """Examples whose rows of K fit."""
         one = self.num_bytes(1, num_examples)
-        if one > self.budget:
-            raise BudgetError(
-                f"the rows of K of one example take {one:,} bytes, but {self.budget:,}, half of the budget, are for K. "
-                "Raise memory_budget, or use engine='factors'.",
-                requested_bytes=one,
-                available_bytes=self.budget,
-            )
         return max(1, min(num_examples, self.budget // max(one, 1)))
+
+    def _require(self, num_examples: int) -> None:
+        """Refuse what does not fit before anything is spent."""
+        one = self.num_bytes(1, num_examples)
+        rows = shortage(one, self.budget, "the rows of K of one example (engine='factors' does without)")
+        raise_largest(rows, self.inner.shortage_of_tiles(num_examples))
 
     def _written(self, x1: Tensor, x2: Tensor) -> GramMatrix:
         r = self.layout.rows_per_example

@@ -13,7 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from ntk_lazy.engines.autodiff import AutodiffEngine
-from ntk_lazy.engines.chunks import Chunks, is_same_view, slices
+from ntk_lazy.engines.chunks import Chunks, Share, is_same_view, slices
 from ntk_lazy.engines.contract import (
     ColumnsFirst,
     Engine,
@@ -89,9 +89,16 @@ class PlannedEngine(Engine):
             self.coverage = self.factors.coverage
             # One half of the budget for K, less than the other for what it is made of: allocators want their share.
             tiles = FactorEngine(
-                model, layout, preflight=preflight, budget=budget * 3 // 8, chunk_size=chunk_size, scratch=scratch
+                model,
+                layout,
+                preflight=preflight,
+                budget=Share.of(budget, 3, 8),
+                chunk_size=chunk_size,
+                scratch=scratch,
             )
-        self.gram_engine = GramEngine(tiles, budget=budget // 2, max_dense_bytes=max_dense_bytes, scratch=scratch)
+        self.gram_engine = GramEngine(
+            tiles, budget=Share.of(budget, 1, 2), max_dense_bytes=max_dense_bytes, scratch=scratch
+        )
         self.scratch = scratch
         self._series: Engine | None = None
         self._context = ExitStack()  # of a series of products: what its engine keeps
@@ -247,6 +254,14 @@ class PlannedEngine(Engine):
         return self._layers.row_chunks(num_examples)
 
     @override
+    def shortage_of_tiles(self, num_examples: int) -> BudgetError | None:
+        return self._layers.shortage_of_tiles(num_examples)
+
+    @override
+    def tile_chunks(self, num_examples: int) -> Chunks:
+        return self._layers.tile_chunks(num_examples)
+
+    @override
     def bilinear_gradient(
         self, x1: Tensor, x2: Tensor, U: Block, V: OtherBlock, *, wrt: set[str]
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -303,6 +318,8 @@ class PlannedEngine(Engine):
         if best is not None and best.num_bytes is not None and not pays(best.seconds - least):
             return self.choice(best.engine)
         ways = self.alternatives(num_examples, is_symmetric=is_symmetric, columns=columns, calls=calls)
+        if ways[0].num_bytes is None:
+            raise self._least_shortage(max(num_examples), columns)
         return self.choice(ways[0].engine)
 
     def _try(self, engine: Engine, run: Callable[[Engine], Result]) -> Result:
@@ -312,6 +329,16 @@ class PlannedEngine(Engine):
             self.factors, self._series = None, None
             self.gram_engine.inner = self.autodiff
             return run(self.autodiff)
+
+    def _least_shortage(self, num_examples: int, columns: int) -> BudgetError:
+        """Of what keeps each engine from a product, that which asks for least."""
+        found = []
+        for name in ("autodiff", "factors", "gram"):
+            try:
+                self.choice(name).chunks(num_examples, columns)
+            except BudgetError as error:
+                found.append(error)
+        return min(found, key=lambda error: error.requested_bytes)
 
     @staticmethod
     def _held(engine: Engine, num_examples: int, columns: int) -> int | None:

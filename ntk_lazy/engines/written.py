@@ -15,7 +15,7 @@ from ntk_lazy.gemm import times_transposed
 from ntk_lazy.shapes import Block
 
 _RANK = 16  # the spectrum of a network falls by two to four orders over so many pairs
-_PIECE_BYTES = 16 << 20
+_PIECE_BYTES = 4 << 20  # of each of two copies in float64
 
 
 @final
