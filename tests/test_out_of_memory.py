@@ -13,6 +13,10 @@ ENGINES = ["auto", "autodiff", "factors", "gram"]
 _MORE_THAN_THERE_IS = 1 << 50  # numbers: no machine has an address space for them
 
 
+# Calls of each of the models below; what lies in a module itself is put back after each call.
+_CALLS: list[int] = []
+
+
 class _Greedy(nn.Module):
     """Asks for more memory than there is at one of its calls, or for more than so many examples."""
 
@@ -20,16 +24,17 @@ class _Greedy(nn.Module):
         super().__init__()
         self.inner = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
         self.power = nn.Parameter(torch.eye(3) / 3)  # without factors, so that all ways are tried
-        self._calls, self._greedy, self._examples = [0], call, examples
+        self._number, self._greedy, self._examples = len(_CALLS), call, examples
+        _CALLS.append(0)
 
     def forward(self, x: Tensor) -> Tensor:
-        self._calls[0] += 1
-        if self._calls[0] - 1 == self._greedy or x.shape[0] > self._examples:
+        _CALLS[self._number] += 1
+        if _CALLS[self._number] - 1 == self._greedy or x.shape[0] > self._examples:
             torch.empty(_MORE_THAN_THERE_IS)
         return self.inner(x @ torch.linalg.matrix_exp(self.power))
 
     def count(self) -> int:
-        return self._calls[0]
+        return _CALLS[self._number]
 
 
 def _ask(module: _Greedy) -> None:

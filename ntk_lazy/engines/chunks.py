@@ -18,8 +18,6 @@ _WORKING_SET = {"cpu": 64 << 20, "cuda": 2 << 30}
 # On top of what tensors take: allocators keep freed pieces that are too small for the next tensor, and kernels use
 # workspaces that no operator reports (blocked layouts of convolutions, packed operands of matrix products).
 _SLACK = {"cpu": 2.5, "cuda": 1.25}
-# Where every step was watched: an estimate from activations alone leaves out more.
-_WATCHED_SLACK = {"cpu": 2.0, "cuda": 1.25}
 _ROWS_SHARE = 0.8  # of the budget: rows of J, beside which stand pieces of what is made of them
 _SHARE_OF_FREE_MEMORY = 0.25
 ROWS_OF_ONE = "one example with its rows of J"
@@ -160,8 +158,7 @@ class ChunkRule:
 
     def held(self, examples: int, columns: int) -> int:
         """Bytes of one chunk, with what allocators and kernels take for themselves."""
-        slack = _WATCHED_SLACK.get(self.device_type, _WATCHED_SLACK["cpu"])
-        return int(slack * self.footprint.bytes(examples, columns * self.passes))
+        return int(slack(self.device_type) * self.footprint.bytes(examples, columns * self.passes))
 
     def kept(self, examples: int) -> int:
         """Bytes of the linearisation of one chunk, if it is kept for the next product."""

@@ -115,7 +115,7 @@ class ForwardPass:
             def look(call: Callable[[Tensor], Tensor], state: ModuleState) -> _Seen:
                 states, marks, watch = _random_states(x), Writes(copy, model), OriginalsWatch(own)
                 flops, live = FlopCount(), LiveBytes((*leaves.values(), *constants.values(), x))
-                with watch, live, flops, writes, arithmetic, torch.enable_grad():
+                with watch, live, flops, writes, arithmetic:
                     output = _apply(model, call, x)
                 draws, saved = states != _random_states(x), live.total - live.bytes_of(output)
                 num_calls = len(calls)
@@ -141,8 +141,7 @@ class ForwardPass:
                     largest_bytes=-(-live.largest // x.shape[0]),
                 )
                 del output  # and its graph
-                with torch.enable_grad():
-                    seen = replace(seen, again=call(x.flip(0)).detach().flip(0))
+                seen = replace(seen, again=call(x.flip(0)).detach().flip(0))
                 del calls[num_calls:]
                 return seen
 
@@ -220,9 +219,13 @@ class ForwardPass:
             return
         if not self.draws_numbers:
             _, second, third = self._in_a_row([self.x] * 3)
-            if self.has_other_outputs(second, self.output) and not self.has_other_outputs(third, second):
+            is_same = not self.has_other_outputs(second, self.output)
+            if not is_same and not self.has_other_outputs(third, second):
                 raise not_settled("it returns something else than the second, for the same examples")
-        if not any(self.has_other_outputs(self._again(self.x), self.output) for _ in range(_TRIALS_OF_RANDOM_MODELS)):
+        else:
+            again = (self._again(self.x) for _ in range(_TRIALS_OF_RANDOM_MODELS))
+            is_same = not any(self.has_other_outputs(output, self.output) for output in again)
+        if is_same:
             raise suspects.coupled(self.calls, "the output for an example depends on its place in the batch")
         if self.written_buffers and not self.draws_numbers:
             owners = suspects.owners_of(self.calls, self.written_buffers)
@@ -240,12 +243,8 @@ class ForwardPass:
 
     def _in_a_row(self, batches: list[Tensor]) -> list[Tensor]:
         """Apply the model to one batch after the other, without anything put back between."""
-
-        def run(call: Callable[[Tensor], Tensor], _: ModuleState) -> list[Tensor]:
-            with torch.enable_grad():
-                return [call(x).detach() for x in batches]
-
-        return self.copy.in_a_row(run)
+        with torch.enable_grad():
+            return self.copy.in_a_row(lambda call, _: [call(x).detach() for x in batches])
 
 
 @final
@@ -269,14 +268,16 @@ def _in_a_row(
 ) -> tuple[FunctionalModel, _Seen]:
     """Apply a model; one with parameters in half precision, which are widened, may need its own casts widened too."""
     try:
-        return model, model.in_a_row(look)
+        with torch.enable_grad():  # views of parameters are made with their graph
+            return model, model.in_a_row(look)
     except RuntimeError as error:
         refuse_out_of_memory(error)
         module = model.call.module
         if model.is_widened or module is None or not any(p.dtype in HALF for p in module.parameters()):
             raise
         model = replace(model, is_widened=True)
-        return model, model.in_a_row(look)
+        with torch.enable_grad():
+            return model, model.in_a_row(look)
 
 
 def _apply(model: FunctionalModel, call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -52,22 +52,24 @@ def check_independence(model: FunctionalModel, forward: ForwardPass, U: Tensor, 
 def _check_part(model: FunctionalModel, forward: ForwardPass, U: Tensor, part: slice) -> Tangents:
     x, calls, has_returned = forward.x, forward.calls, []
 
-    def look(output: Tensor, leaves: Tangents) -> Tangents:
+    def look(output: Tensor, leaves: Tangents) -> Tangents | None:
         has_returned.append(True)
-        if forward.has_other_outputs(output.detach(), forward.output[part]):
-            forward.check_is_settled(part)
-            who = "example 0 alone" if part.start == 0 else "examples without the first"
-            raise suspects.coupled(calls, f"the output for {who} differs from that in a batch of {x.shape[0]}")
-        return reverse(output, leaves, U[part])
+        is_other = forward.has_other_outputs(output.detach(), forward.output[part])
+        return None if is_other else reverse(output, leaves, U[part])
 
     try:
-        return with_graph(model, x[part], look)
+        found = with_graph(model, x[part], look)
     except (*TRANSFORM_ERRORS, *LOOKUP_ERRORS) as error:
         refuse_out_of_memory(error)
         if has_returned:
             raise
         what = f"the model takes a batch, but not one example alone ({suspects.first_line(error)})"
         raise suspects.coupled(calls, what) from error
+    if found is None:
+        forward.check_is_settled(part)
+        who = "example 0 alone" if part.start == 0 else "examples without the first"
+        raise suspects.coupled(calls, f"the output for {who} differs from that in a batch of {x.shape[0]}")
+    return found
 
 
 def _check_unequal_rows(model: FunctionalModel, forward: ForwardPass) -> None:

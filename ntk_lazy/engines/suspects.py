@@ -107,6 +107,11 @@ class EmbeddingWatch(Watch):
         self.has_padding = self.has_frequencies = self.is_sparse = False
 
     @override
+    def __exit__(self, *args: Any) -> None:
+        super().__exit__(*args)
+        self._fixed = {}  # what was noticed outlives the watching, and may be pickled
+
+    @override
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
