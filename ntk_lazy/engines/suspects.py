@@ -108,7 +108,7 @@ class EmbeddingWatch(Watch):
 
     @override
     def __exit__(self, *args: Any) -> None:
-        super().__exit__(*args)
+        super().__exit__(*args)  # type: ignore[no-untyped-call]
         self._fixed = {}  # what was noticed outlives the watching, and may be pickled
 
     @override
