@@ -22,6 +22,9 @@ FAMILIES = {
     "adapters": "Adapters",
 }
 
+# What is tried in each precision; in float32 auto takes gram where that is faster.
+ENGINES = {"float64": ("auto", "autodiff", "factors", "gram"), "float32": ("auto", "autodiff", "factors")}
+
 
 @dataclass(frozen=True)
 class Built:

@@ -22,9 +22,8 @@ from torch import Tensor, nn
 import ntk_lazy as nl
 
 from . import oracle
-from .architecture import Architecture, Built, all_architectures
+from .architecture import ENGINES, Architecture, Built, all_architectures
 
-ENGINES = ("auto", "autodiff", "factors", "gram")
 LARGEST_DATA = 4 << 30
 NUM_TIMED = 32  # examples
 MOVED = 0.1  # standard deviation of what is added to parameters
@@ -80,7 +79,7 @@ def _steps(about: Architecture, found: dict[str, Any]) -> list[Callable[[], None
         with torch.no_grad():
             shape = tuple(oracle.outputs(oracle.fresh_copy(built, torch.float32), built.x).shape)
         found.update(built=True, num_examples=shape[0], num_outputs=shape[1])
-        found["num_params"] = sum(p.numel() for p in oracle.chosen(built))
+        found["num_params"] = sum(p.numel() for p in oracle.chosen(built).values())
 
     def reference() -> None:
         made["exact"] = oracle.kernel(oracle.fresh_copy(made["float64"], torch.float64))
@@ -89,16 +88,13 @@ def _steps(about: Architecture, found: dict[str, Any]) -> list[Callable[[], None
         found["float32_inside"] = oracle.lower_precision(oracle.fresh_copy(made["float64"], torch.float64))
 
     def agreement() -> None:
-        for precision in ("float64", "float32"):
-            found[precision] = {engine: _agreement(made[precision], engine, made["exact"]) for engine in ENGINES}
-
-    def coverage() -> None:
-        found.update(_coverage(made["float32"]))
+        for precision, engines in ENGINES.items():
+            found[precision] = {engine: _agreement(made[precision], engine, made["exact"]) for engine in engines}
 
     def cost() -> None:
-        found["cost"] = _cost(made["float32"])
+        found.update(_coverage_and_cost(made["float32"]))
 
-    return [build, reference, agreement, coverage, cost]
+    return [build, reference, agreement, cost]
 
 
 def _train(model: nn.Module) -> None:
@@ -152,30 +148,34 @@ def _distance(found: Tensor, exact: Tensor) -> float:
     return float("inf") if math.isnan(ratio) else ratio
 
 
-def _coverage(built: Built) -> dict[str, Any]:
-    plan = _kernel(oracle.fresh_copy(built, torch.float32)).explain()
-    covered = sum(cost.num_params for cost in plan.preflight.coverage.costs.values())
+def _coverage_and_cost(built: Built) -> dict[str, Any]:
+    """What has factors, and seconds of a product over those of a forward pass without gradients, on some examples."""
+    x = torch.cat([built.x] * (NUM_TIMED // len(built.x) + 1))[:NUM_TIMED]
+    many = oracle.fresh_copy(replace(built, x=x), torch.float32)
+    with torch.no_grad():
+        K = _kernel(many).detach()
+        found = _coverage(K.explain(), many)
+        cost = found["cost"] = {}
+        forward = _median(lambda: oracle.outputs(many, many.x))
+        for columns in (1, 16):
+            V = torch.randn(K.shape[-1], columns)
+            cost[f"engine_{columns}"] = K.explain(num_columns=columns).engine
+            cost[f"ratio_{columns}"] = _median(lambda V=V: K @ V) / forward / columns
+    return found
+
+
+def _coverage(plan: nl.Plan, built: Built) -> dict[str, Any]:
+    """Of the parameters that outputs depend on; the others have nothing that factors could be of."""
+    with torch.enable_grad():
+        reached = oracle.reached(oracle.fresh_copy(built, torch.float32))
+    sizes = {name: p.numel() for name, p in oracle.chosen(built).items() if name in reached}
+    missing = {name: why for name, why in plan.preflight.coverage.uncovered.items() if name in reached}
     return {
-        "covered": covered / plan.num_params,
-        "uncovered": dict(list(plan.preflight.coverage.uncovered.items())[:3]),
+        "covered": 1 - sum(sizes[name] for name in missing) / sum(sizes.values()),
+        "uncovered": dict(list(missing.items())[:3]),
         "derivatives": plan.preflight.derivatives.mode,
         "note": plan.preflight.derivatives.note,
     }
-
-
-def _cost(built: Built) -> dict[str, Any]:
-    """Seconds of a product relative to those of a forward pass without gradients, on the same examples."""
-    x = torch.cat([built.x] * (NUM_TIMED // len(built.x) + 1))[:NUM_TIMED]
-    many = oracle.fresh_copy(replace(built, x=x), torch.float32)
-    found: dict[str, Any] = {}
-    with torch.no_grad():
-        forward = _median(lambda: oracle.outputs(many, many.x))
-        K = _kernel(many).detach()
-        for columns in (1, 16):
-            V = torch.randn(K.shape[-1], columns)
-            found[f"engine_{columns}"] = K.explain(num_columns=columns).engine
-            found[f"ratio_{columns}"] = _median(lambda V=V: K @ V) / forward / columns
-    return found
 
 
 def _median(do: Callable[[], object]) -> float:

@@ -30,17 +30,27 @@ def outputs(built: Built, x: Tensor) -> Tensor:
     return tensor.reshape(len(x), -1)
 
 
-def chosen(built: Built) -> list[nn.Parameter]:
+def chosen(built: Built) -> dict[str, nn.Parameter]:
     """The parameters of J."""
     named = dict(built.model.named_parameters())
     patterns = built.params
-    return [p for name, p in named.items() if patterns is None or any(fnmatchcase(name, each) for each in patterns)]
+    return {n: p for n, p in named.items() if patterns is None or any(fnmatchcase(n, each) for each in patterns)}
+
+
+def reached(built: Built) -> set[str]:
+    """Names of the parameters of J that some output depends on."""
+    built.model.requires_grad_(True)
+    parameters = chosen(built)
+    returned = outputs(built, built.x)
+    mixture = (returned * torch.randn_like(returned)).sum()
+    gradients = torch.autograd.grad(mixture, list(parameters.values()), allow_unused=True)
+    return {name for name, g in zip(parameters, gradients, strict=True) if g is not None and g.any()}
 
 
 def kernel(built: Built) -> Tensor:
     """Return ``J Jᵀ`` in float64, from gradients in the precision of the module, one example at a time."""
     built.model.requires_grad_(True)
-    parameters, rows = chosen(built), []
+    parameters, rows = list(chosen(built).values()), []
     for example in built.x.split(1):
         for output in outputs(built, example)[0]:
             gradients = torch.autograd.grad(output, parameters, retain_graph=True, allow_unused=True)

@@ -7,10 +7,9 @@ from typing import Any
 
 import table
 
-from .architecture import FAMILIES
+from .architecture import ENGINES, FAMILIES
 
 Row = dict[str, Any]
-PRECISIONS = ("float64", "float32")
 # Rounding of a product in float64, for kernels of a condition that networks have.
 ALLOWED_IN_FLOAT64 = 1e-11
 INTRODUCTION = """\
@@ -20,12 +19,12 @@ by every engine (`auto`, `autodiff`, `factors`, `gram`) is compared with a kerne
 and one example at a time, on a copy of the module in float64, which shares no code with this library; and the module
 is compared with another copy afterwards: hooks, submodules, modes, buffers and outputs.
 
-- **with factors**: share of the parameters whose part of K comes from inputs and output gradients of layers; the rest
-  goes to automatic differentiation. Parameters that no output depends on have none and need none.
+- **with factors**: of the parameters that outputs depend on, the share whose part of K comes from inputs and output
+  gradients of layers; the rest goes to automatic differentiation.
 - **engine**: what `auto` takes for products with 16 columns.
-- **off by**: ‖K − K₆₄‖ / ‖K₆₄‖, the largest of all engines, for the model in float64 and in float32; beside the latter
-  how far plain autograd in float32 is off. A † marks models that compute in float32 inside even after `.double()`:
-  these are compared at that precision.
+- **off by**: ‖K − K₆₄‖ / ‖K₆₄‖, the largest of all engines, for the model in float64 and in float32 (where `gram` is
+  tried by `auto` alone); beside the latter how far plain autograd in float32 is off. A † marks models that compute in
+  float32 inside even after `.double()`: these are compared at that precision.
 - **a column**: time of a product with one column, and of one with 16 for each, over the time of a forward pass without
   gradients on the same 32 examples. These models are so small that the time is that of calls; read it as passes.
 """
@@ -120,7 +119,7 @@ def _errors(row: Row) -> dict[str, float]:
 
 
 def _outcomes(row: Row) -> Iterator[tuple[str, str, Row]]:
-    for precision in PRECISIONS:
+    for precision in ENGINES:
         for engine, one in row.get(precision, {}).items():
             yield precision, engine, one
 
@@ -133,10 +132,8 @@ def _troubles(rows: list[Row]) -> Iterator[tuple[str | None, ...]]:
 
 def _places(places: list[str]) -> str:
     """Where it happens, in as few words as there are."""
-    by_precision = {p: [place.split()[0] for place in places if place.endswith(p)] for p in PRECISIONS}
-    engines = {tuple(names) for names in by_precision.values() if names}
-    if len(engines) == 1 and all(by_precision.values()):
-        (names,) = engines
-        return "everywhere" if len(names) == 4 else ", ".join(names)
-    parts = [f"{'all' if len(names) == 4 else ', '.join(names)} in {p}" for p, names in by_precision.items() if names]
-    return "; ".join(parts)
+    by_precision = {p: tuple(place.split()[0] for place in places if place.endswith(p)) for p in ENGINES}
+    if by_precision == ENGINES:
+        return "everywhere"
+    found = {p: "all" if names == ENGINES[p] else ", ".join(names) for p, names in by_precision.items() if names}
+    return "; ".join(f"{names} in {p}" for p, names in found.items())

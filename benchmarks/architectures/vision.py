@@ -282,7 +282,7 @@ def segformer():
     return Built(model, images(3), lambda output: output.logits.mean(dim=(2, 3)))
 
 
-@architecture("DETR-style decoder: YOLOS", "transformers")
+@architecture("YOLOS", "transformers")
 def yolos():
     from transformers import YolosConfig, YolosForObjectDetection
 
