@@ -48,7 +48,7 @@ class NTKLinearOperator(KernelCovariance):
     differentiate that again raises ``SecondDerivativeError``.
 
     Cost: a product with k columns is two sweeps over the examples, see ``explain()``. A gradient that is taken with
-    ``create_graph=True`` holds the graph of all examples at once, outside the memory budget.
+        ``create_graph=True`` holds the graph of all examples at once, outside the memory budget.
     """
 
     # What the operator is.
