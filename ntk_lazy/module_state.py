@@ -242,7 +242,8 @@ class _TupleItems:
     """A tuple that is made anew, where it stands, when one of its items is exchanged."""
 
     def __init__(self, value: tuple[Any, ...], place: Place) -> None:
-        self.value, self.place, self.items = value, place, list(value)
+        # By its iterator: a tuple of other kinds may refuse to tell its length.
+        self.value, self.place, self.items = value, place, list(iter(value))
 
     def put(self, index: int, item: Any) -> None:
         self.items[index] = item

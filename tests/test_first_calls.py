@@ -244,3 +244,21 @@ def test_a_module_that_returns_something_else_at_each_call_is_refused():
 
     with pytest.raises(nl.UnsupportedModuleError, match="keeps state"):
         nl.ntk(_made(Counts, is_called=False), _X)
+
+
+class _WithoutLength(tuple):
+    """A tuple that refuses to tell its length, as the irreducible representations of e3nn do."""
+
+    __slots__ = ()
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+
+def test_a_tuple_that_has_no_length_may_lie_in_a_module():
+    module = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    module.kind = _WithoutLength((1, -1))
+    x = torch.randn(4, 3, dtype=torch.float64)
+    kernel = nl.ntk(module, x).detach()
+    assert torch.equal(kernel @ torch.zeros(8, 1, dtype=torch.float64), torch.zeros(8, 1, dtype=torch.float64))
+    assert isinstance(module.kind, _WithoutLength)
